@@ -1,0 +1,39 @@
+# Two environments, both pinned by constraints.txt: the demo's holds what a user installs and nothing else,
+# so that a development tool can never stand in for a missing dependency.
+PYTHON ?= python3
+SHELL := /bin/bash
+RUNS ?= runs
+
+.PHONY: demo test test-all check bench clean
+.DELETE_ON_ERROR:
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -q -c constraints.txt torch==2.13.0 -e '.[lab]'
+	touch $@
+
+.venv-dev/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-dev
+	.venv-dev/bin/python -m pip install -q -c constraints.txt torch==2.13.0 -e '.[dev]'
+	touch $@
+
+demo: .venv/ready  ## compare no mixup, input mixup and manifold mixup on the spiral and on handwritten digits
+	.venv/bin/manifold-mixup demo --runs $(RUNS)
+
+test: .venv-dev/ready check  ## what must pass before a change lands
+	.venv-dev/bin/python -m pytest -n 2 --dist loadfile
+
+test-all: .venv-dev/ready check  ## the slow tests too
+	.venv-dev/bin/python -m pytest -n 2 --dist loadfile -m ''
+
+check: .venv-dev/ready
+	.venv-dev/bin/ruff check .
+	.venv-dev/bin/ruff format --check .
+	.venv-dev/bin/mypy
+
+bench: .venv-dev/ready
+	.venv-dev/bin/python benchmarks/interpolation.py
+	.venv-dev/bin/python benchmarks/import_time.py
+
+clean:
+	rm -rf .venv .venv-dev dist

@@ -1,0 +1,135 @@
+"""Time and memory of `interpolate` against its floor and against the naive expression, side by side.
+
+    python benchmarks/interpolation.py [--rounds 15] [--threads 2]
+
+Forward and backward of one activation, in one process, the contenders taking turns in every round:
+
+* floor: one `torch.lerp(h, other, λ)` of the same size, `other` lying there ready (no pairing, two gradients less work
+  than mixing can have: it is what a single pass over the activation costs);
+* naive: `lam * h + (1 - lam) * h[perm]`, what most code does;
+* random, halves: `manifold_mixup.interpolate` with those pairings.
+
+Every figure is a ratio to the floor of the same round: median [quartiles] over the rounds. `naive / random` is how many
+times faster than the naive expression we are. Memory is what a forward and backward allocate at their peak beyond the
+tensors that exist before (from the profiler's allocation events), in units of the activation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from manifold_mixup.interpolation import Partner, draw_partner, interpolate
+
+SHAPES = {"128x64x32x32": (128, 64, 32, 32), "64x197x768": (64, 197, 768)}
+LAM = 0.37
+
+
+def forward_backward(operation: Callable[[], Tensor], h: Tensor, grad: Tensor) -> None:
+    h.grad = None
+    operation().backward(grad)
+
+
+def contenders(h: Tensor) -> dict[str, Callable[[], Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    n = h.shape[0]
+    random, halves = draw_partner("random", n, generator), draw_partner("halves", n, generator)
+    perm = random.indices
+    # The floor's second operand needs a gradient as well, as the partner's rows do.
+    other = h.detach()[perm].contiguous(memory_format=memory_format(h)).requires_grad_()
+
+    def floor() -> Tensor:
+        other.grad = None
+        return torch.lerp(h, other, LAM)
+
+    def ours(partner: Partner) -> Callable[[], Tensor]:
+        return lambda: interpolate(h, partner, LAM)
+
+    return {
+        "floor": floor,
+        "naive": lambda: LAM * h + (1 - LAM) * h[perm],
+        "random": ours(random),
+        "halves": ours(halves),
+    }
+
+
+def memory_format(h: Tensor) -> torch.memory_format:
+    channels_last = h.dim() == 4 and h.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def seconds(operation: Callable[[], Tensor], h: Tensor, grad: Tensor) -> float:
+    start = time.perf_counter()
+    forward_backward(operation, h, grad)
+    return time.perf_counter() - start
+
+
+def peak(operation: Callable[[], Tensor], h: Tensor, grad: Tensor) -> float:
+    """Largest sum of live allocations during one forward and backward, in activations."""
+    h.grad = None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        forward_backward(operation, h, grad)
+    live = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            most = max(most, live)
+    return most / (h.numel() * h.element_size())
+
+
+def measure(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool, rounds: int) -> dict[str, str]:
+    torch.manual_seed(0)
+    h, grad = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
+    if channels_last:
+        h, grad = h.to(memory_format=torch.channels_last), grad.to(memory_format=torch.channels_last)
+    h.requires_grad_()
+    operations = contenders(h)
+    for operation in operations.values():
+        forward_backward(operation, h, grad)
+    times: dict[str, list[float]] = {name: [] for name in operations}
+    for _ in range(rounds):
+        for name, operation in operations.items():
+            times[name].append(seconds(operation, h, grad))
+
+    def ratio(a: str, b: str) -> str:
+        low, middle, high = statistics.quantiles((x / y for x, y in zip(times[a], times[b], strict=True)), n=4)
+        return f"{middle:6.2f} [{low:.2f}, {high:.2f}]"
+
+    return {
+        "floor ms": f"{statistics.median(times['floor']) * 1e3:.1f}",
+        "halves": ratio("halves", "floor"),
+        "random": ratio("random", "floor"),
+        "naive": ratio("naive", "floor"),
+        "naive / random": ratio("naive", "random"),
+        "memory floor, naive, random": ", ".join(
+            f"{peak(operations[k], h, grad):.2f}" for k in ("floor", "naive", "random")
+        ),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    print(f"torch {torch.__version__}, {arguments.threads} threads, {arguments.rounds} rounds")
+    header = False
+    for label, shape in SHAPES.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            for channels_last in (False, True) if len(shape) == 4 else (False,):
+                row = measure(shape, dtype, channels_last, arguments.rounds)
+                name = f"{label} {str(dtype).removeprefix('torch.')}{' channels-last' if channels_last else ''}"
+                if not header:
+                    print(f"{'':36}" + "".join(f"{column:>22}" for column in row))
+                    header = True
+                print(f"{name:36}" + "".join(f"{value:>22}" for value in row.values()), flush=True)
+
+
+if __name__ == "__main__":
+    main()

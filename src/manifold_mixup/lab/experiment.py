@@ -1,0 +1,292 @@
+"""Methods x seeds -> runs -> records, in one process or in several.
+
+A run that fails is noted down as failed and the others go on. A stop leaves every run with a checkpoint, so the same command
+goes on where it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from manifold_mixup.errors import ManifoldMixupError
+from manifold_mixup.lab.config import ExperimentConfig, PlannedRun
+from manifold_mixup.lab.errors import Interrupted, StorageError
+from manifold_mixup.lab.records import Failure, Record, RunFolder
+
+__all__ = ["Outcome", "Settings", "Silent", "Watcher", "run_experiments"]
+
+GRACE = 5.0  # seconds that interrupted runs have to write their checkpoints
+TICK = 0.1  # seconds between two looks at the running processes
+
+
+class Watcher(Protocol):
+    """Whoever wants to see the runs go on."""
+
+    def started(self, run: PlannedRun) -> None:
+        """A run begins."""
+
+    def advanced(self, run: PlannedRun, step: int) -> None:
+        """A run has finished this many steps."""
+
+    def ended(self, run: PlannedRun, outcome: Record | Failure) -> None:
+        """A run is over, or was over already when the experiment began."""
+
+
+class Silent:
+    """A watcher that says nothing."""
+
+    def started(self, run: PlannedRun) -> None:
+        """Say nothing."""
+
+    def advanced(self, run: PlannedRun, step: int) -> None:
+        """Say nothing."""
+
+    def ended(self, run: PlannedRun, outcome: Record | Failure) -> None:
+        """Say nothing."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How runs are carried out; nothing here has an influence on their numbers.
+
+    Attributes:
+        runs: Folder of all experiments.
+        jobs: Processes; 1 runs in this one, 0 takes one for every core.
+        command: The command line, for the records.
+        checkpoint_seconds: Longest time between two checkpoints of a run.
+    """
+
+    runs: Path
+    jobs: int = 1
+    command: str = ""
+    checkpoint_seconds: float = 15.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of the runs, both lists in the order of the plan."""
+
+    records: list[Record] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+
+
+def run_experiments(configs: Sequence[ExperimentConfig], settings: Settings, watcher: Watcher | None = None) -> Outcome:
+    """Carry out every run that is not finished yet.
+
+    Args:
+        configs: The experiments.
+        settings: Where and with how many processes.
+        watcher: Is told about the progress.
+
+    Raises:
+        Interrupted: After Ctrl-C; unfinished runs left a checkpoint.
+        ConfigMismatch: A run folder belongs to another configuration; nothing was started.
+        StorageError: The disk is full or the folder cannot be written.
+    """
+    watcher = watcher or Silent()
+    folders = [RunFolder(settings.runs, run) for config in configs for run in config.runs()]
+    for folder in folders:
+        folder.check()
+    results: dict[Path, Record | Failure] = {}
+    waiting = []
+    for folder in folders:
+        record = folder.read()
+        if record is None:
+            folder.claim()
+            waiting.append(folder)
+        else:
+            results[folder.path] = record
+            watcher.ended(folder.run, record)
+    jobs = min(settings.jobs or os.cpu_count() or 1, len(waiting))
+    carry_out = _in_this_process if jobs <= 1 else _in_processes
+    for folder, result in carry_out(waiting, settings, jobs, watcher):
+        results[folder.path] = result
+        watcher.ended(folder.run, result)
+    ordered = [results[folder.path] for folder in folders]
+    return Outcome([r for r in ordered if isinstance(r, Record)], [r for r in ordered if isinstance(r, Failure)])
+
+
+def _attempt(folder: RunFolder, settings: Settings, stop: Callable[[], bool], progress: Callable[[int], None]) -> Record | Failure:
+    """Carry out one run; its own errors become a failure, a stop and a full disk end the whole experiment."""
+    from manifold_mixup.lab.run import execute
+    from manifold_mixup.lab.training import Hooks
+
+    hooks = Hooks(stop=stop, progress=progress, checkpoint_seconds=settings.checkpoint_seconds)
+    try:
+        return execute(folder, hooks, settings.command)
+    except (Interrupted, StorageError):
+        raise
+    except Exception as error:
+        text = str(error) if isinstance(error, ManifoldMixupError) else f"{type(error).__name__}: {error}"
+        run = folder.run
+        failure = Failure(run.experiment, run.label, run.config.seed, " ".join(text.split()), traceback.format_exc())
+        folder.fail(failure)
+        return failure
+
+
+# ---------------------------------------------------------------- one process
+
+
+def _in_this_process(
+    folders: Sequence[RunFolder], settings: Settings, jobs: int, watcher: Watcher
+) -> Iterator[tuple[RunFolder, Record | Failure]]:
+    with _stop_on_ctrl_c() as stop:
+        for folder in folders:
+            run = folder.run
+            watcher.started(run)
+            yield folder, _attempt(folder, settings, stop, lambda step, run=run: watcher.advanced(run, step))  # type: ignore[misc]
+            if stop():
+                raise Interrupted("stopped by Ctrl-C; the same command goes on from here")
+
+
+@contextlib.contextmanager
+def _stop_on_ctrl_c() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C into a flag that is looked at between two steps, when the state is whole; a second one cuts in."""
+    asked = threading.Event()
+
+    def handler(signum: int, frame: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    in_main = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGINT, handler) if in_main else None
+    try:
+        yield asked.is_set
+    finally:
+        if in_main:
+            signal.signal(signal.SIGINT, previous)
+
+
+# ---------------------------------------------------------------- several processes
+
+
+class _Slot:
+    """One worker process, replaced when it dies: with one process per pool it is known which run went down with it."""
+
+    def __init__(self, index: int, context: Any, steps: Any, stop: Any) -> None:
+        self.index, self.steps, self.stop = index, steps, stop
+        self.folder: RunFolder | None = None
+        self._context = context
+        self.pool = self._open()
+
+    def _open(self) -> ProcessPoolExecutor:
+        initargs = (self.index, self.steps, self.stop)
+        return ProcessPoolExecutor(1, mp_context=self._context, initializer=_start_worker, initargs=initargs)
+
+    def submit(self, folder: RunFolder, settings: Settings) -> Future[Record | Failure]:
+        """Start a run."""
+        self.folder = folder
+        self.steps[self.index] = 0
+        with _ctrl_c_held_back():
+            return self.pool.submit(_work, folder, settings)
+
+    def reopen(self) -> None:
+        """A new process after the old one died."""
+        self.pool.shutdown(wait=False)
+        self.pool = self._open()
+
+    def kill(self) -> None:
+        """End the process now; what is on disk is whole at any moment."""
+        for process in list((self.pool._processes or {}).values()):
+            process.kill()
+        self.pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _in_processes(
+    folders: Sequence[RunFolder], settings: Settings, jobs: int, watcher: Watcher
+) -> Iterator[tuple[RunFolder, Record | Failure]]:
+    context = multiprocessing.get_context("spawn")
+    # plain shared memory: a worker that is killed cannot leave a lock behind
+    steps, stop = context.RawArray("q", jobs), context.RawValue("b", 0)
+    free = [_Slot(i, context, steps, stop) for i in range(jobs)]
+    slots, waiting, running = list(free), list(folders), {}
+    try:
+        with _stop_on_ctrl_c() as stopped:
+            while waiting or running:
+                while waiting and free and not stopped():
+                    slot = free.pop(0)
+                    folder = waiting.pop(0)
+                    running[slot.submit(folder, settings)] = slot
+                    watcher.started(folder.run)
+                done, _ = wait(running, timeout=TICK, return_when=FIRST_COMPLETED)
+                if stopped():
+                    stop.value = 1
+                    wait(running, timeout=GRACE)
+                    raise Interrupted("stopped by Ctrl-C; the same command goes on from here")
+                for slot in running.values():
+                    assert slot.folder is not None
+                    watcher.advanced(slot.folder.run, steps[slot.index])
+                for future in done:
+                    slot = running.pop(future)
+                    free.append(slot)
+                    assert slot.folder is not None
+                    yield slot.folder, _result(future, slot)
+    finally:
+        stop.value = 1
+        for slot in slots:
+            slot.kill()
+
+
+def _result(future: Future[Record | Failure], slot: _Slot) -> Record | Failure:
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        folder = slot.folder
+        assert folder is not None
+        slot.reopen()
+        run = folder.run
+        failure = Failure(run.experiment, run.label, run.config.seed, "the process died (killed, or out of memory?)")
+        folder.fail(failure)
+        return failure
+
+
+@contextlib.contextmanager
+def _ctrl_c_held_back() -> Iterator[None]:
+    """Start processes with SIGINT blocked, so that a Ctrl-C in the terminal, which reaches all of them, is left to the parent."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+_worker: dict[str, Any] = {}
+
+
+def _start_worker(index: int, steps: Any, stop: Any) -> None:
+    """In a new process: leave Ctrl-C to the parent, and watch that the parent is there."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _worker.update(index=index, steps=steps, stop=stop)
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    """A parent that was killed cannot say so; without it a worker would train for nobody."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
+def _work(folder: RunFolder, settings: Settings) -> Record | Failure:
+    """In a worker: carry out one run."""
+
+    def progress(step: int) -> None:
+        _worker["steps"][_worker["index"]] = step
+
+    return _attempt(folder, settings, lambda: bool(_worker["stop"].value), progress)

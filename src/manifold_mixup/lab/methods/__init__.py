@@ -1,0 +1,55 @@
+"""What is compared, by name: ``make_method("manifold_mixup", {"alpha": 2.0})``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from manifold_mixup.lab.errors import UnknownName
+from manifold_mixup.lab.methods.base import BatchTransform, Method
+from manifold_mixup.lab.methods.batch_norm import BatchNorm
+from manifold_mixup.lab.methods.dropout import Dropout
+from manifold_mixup.lab.methods.hidden_noise import HiddenNoise
+from manifold_mixup.lab.methods.input_mixup import InputMixup
+from manifold_mixup.lab.methods.input_noise import InputNoise
+from manifold_mixup.lab.methods.manifold_mixup import ManifoldMixupMethod
+from manifold_mixup.lab.methods.none import Plain
+from manifold_mixup.lab.methods.weight_decay import WeightDecay
+
+__all__ = ["METHODS", "BatchTransform", "Method", "get_method", "make_method"]
+
+METHODS: dict[str, type[Method[Any]]] = {
+    method.name: method
+    for method in (
+        Plain,
+        InputMixup,
+        ManifoldMixupMethod,
+        HiddenNoise,
+        InputNoise,
+        Dropout,
+        WeightDecay,
+        BatchNorm,
+    )
+}
+
+
+def get_method(name: str) -> type[Method[Any]]:
+    """The class of a method.
+
+    Raises:
+        UnknownName: There is none of this name.
+    """
+    if name not in METHODS:
+        raise UnknownName("method", name, METHODS)
+    return METHODS[name]
+
+
+def make_method(name: str, options: Mapping[str, Any]) -> Method[Any]:
+    """A method, ready to be attached to one network.
+
+    Raises:
+        UnknownName: There is no such method.
+        pydantic.ValidationError: The options are not the method's.
+    """
+    method = get_method(name)
+    return method(method.Options.model_validate(dict(options)))

@@ -1,0 +1,92 @@
+"""Manifold Mixup (Verma et al. 2019, arXiv 1806.05236): train on interpolations of hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import Field
+from torch import nn
+
+from manifold_mixup.lab.methods.base import BatchTransform, LayerNames, Method, unknown_layers
+from manifold_mixup.lab.options import Options
+from manifold_mixup.mixup import ManifoldMixup
+
+__all__ = ["ManifoldMixupMethod", "ManifoldMixupOptions", "MixingMethod", "MixingOptions"]
+
+
+class MixingOptions(Options):
+    """What input mixup and Manifold Mixup have in common."""
+
+    alpha: float = Field(2.0, ge=0, description="the mixing weight follows Beta(alpha, alpha); 0 switches mixing off")
+    per: Literal["batch", "example"] = Field("batch", description="one draw for the whole batch or one for every pair")
+    pairing: Literal["random", "halves", "two-batches"] = Field("random", description="how partners are found")
+    probability: float = Field(1.0, ge=0, le=1, description="share of the batches that are mixed")
+
+
+class ManifoldMixupOptions(MixingOptions):
+    """The paper's settings: alpha = 2, one draw per batch, every batch mixed."""
+
+    layers: LayerNames = Field("auto", description="where to mix: 'auto', or names of modules and 'input'")
+
+
+class MixingMethod(Method[MixingOptions]):
+    """The core's mixer, seen as a method of the lab."""
+
+    _mixup: ManifoldMixup | None = None
+
+    def layers(self) -> str | list[str]:
+        """The eligible set S, or ``"auto"``."""
+        raise NotImplementedError
+
+    def attach(self, model: nn.Module, hidden: Sequence[str], seed: int) -> BatchTransform:
+        """Attach the mixer; it has the shape of a batch transform already."""
+        options = self.options
+        self._mixup = ManifoldMixup(
+            model,
+            alpha=options.alpha,
+            layers=self.layers(),
+            per=options.per,
+            pairing=options.pairing,
+            probability=options.probability,
+            seed=seed,
+        )
+        return self._mixup
+
+    def detach(self) -> None:
+        """Take the mixer's hooks off the network."""
+        if self._mixup is not None:
+            self._mixup.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The mixer's generator and the layers it found."""
+        return {} if self._mixup is None else dict(self._mixup.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state."""
+        if self._mixup is not None:
+            self._mixup.load_state_dict(dict(state))
+
+    def facts(self) -> dict[str, Any]:
+        """The layers that were mixed."""
+        layers = None if self._mixup is None else self._mixup.layers
+        return {} if layers is None else {"layers": list(layers)}
+
+
+class ManifoldMixupMethod(MixingMethod):
+    """Mix at one of several layers, drawn for each batch."""
+
+    name = "manifold_mixup"
+    title = "Manifold Mixup: interpolated hidden states"
+    source = "Verma et al. 2019, arXiv 1806.05236"
+    Options = ManifoldMixupOptions
+
+    def layers(self) -> str | list[str]:
+        """The eligible set S, or ``"auto"``."""
+        options = self.options
+        assert isinstance(options, ManifoldMixupOptions)
+        return options.layers
+
+    def problems(self, modules: Collection[str], hidden: Sequence[str]) -> list[str]:
+        """Layers that the network does not have."""
+        return unknown_layers(self.layers(), modules, keyword="auto", extra=["input"])

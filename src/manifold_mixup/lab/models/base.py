@@ -1,0 +1,33 @@
+"""What a network is to the lab."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from manifold_mixup.lab.options import Options
+
+__all__ = ["ModelEntry"]
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """A registry entry.
+
+    Attributes:
+        name: The name in recipes.
+        title: One line for people.
+        options: What a recipe can set under ``model.options``.
+        build: From options, the shape of one example and the number of classes to a network with freshly drawn weights
+            (from torch's global generator, which a run seeds).
+        hidden: From options to the names of the modules whose outputs are the hidden states, first to last.
+    """
+
+    name: str
+    title: str
+    options: type[Options]
+    build: Callable[[Any, tuple[int, ...], int], nn.Module]
+    hidden: Callable[[Any], list[str]]

@@ -1,0 +1,183 @@
+"""From plain values to a validated experiment.
+
+Everything wrong is reported at once, each mistake with its key path: the shape of the experiment, the names in the registries,
+the options of every part against that part's own model, and the layers against the network itself.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, get_args
+
+import torch
+from pydantic import BaseModel, ValidationError
+
+from manifold_mixup.lab.config import Component, ExperimentConfig, RunConfig, TrainConfig, slug
+from manifold_mixup.lab.data import get_dataset
+from manifold_mixup.lab.errors import RecipeError, UnknownName, UsageError, nearest
+from manifold_mixup.lab.methods import get_method, make_method
+from manifold_mixup.lab.models import build_model, get_model, hidden_layers
+from manifold_mixup.lab.options import Options
+
+__all__ = ["effective_settings", "explain", "parse_config"]
+
+
+def parse_config(raw: Mapping[str, Any], source: str) -> ExperimentConfig:
+    """Validate an experiment and fill in every default.
+
+    Args:
+        raw: The experiment as plain values; it is left as it is.
+        source: What to call it in an error.
+
+    Raises:
+        RecipeError: With all mistakes at once.
+    """
+    tree = copy.deepcopy(dict(raw))
+    _add_labels(tree)
+    problems, valid = _resolve_options(tree)
+    config: ExperimentConfig | None = None
+    try:
+        config = ExperimentConfig.model_validate(tree)
+    except ValidationError as error:
+        problems = explain(error, ExperimentConfig) + problems
+    problems += _check_repetitions(tree)
+    problems += _check_fit(tree, valid)
+    if problems or config is None:
+        raise RecipeError(source, problems)
+    return config
+
+
+def effective_settings(run: RunConfig) -> tuple[dict[str, Any], TrainConfig]:
+    """The network's options and the training settings once the method has set its own.
+
+    Returns:
+        Options for ``build_model``, and the settings of the loop.
+    """
+    method = make_method(run.method.name, run.method.options)
+    model_options = {**run.model.options, **method.model_options()}
+    train = TrainConfig.model_validate({**run.train.model_dump(), **method.train_options()})
+    return model_options, train
+
+
+def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Pydantic's findings as one sentence each: key path, what is wrong, what was given."""
+    sentences = []
+    for item in error.errors(include_url=False):
+        loc = item["loc"]
+        path = prefix + ".".join(map(str, loc)) if loc else prefix.rstrip(".")
+        if item["type"] == "extra_forbidden":
+            text = f"unknown key, {nearest(str(loc[-1]), _fields_at(model, loc[:-1]))}"
+        else:
+            text = item["msg"].removeprefix("Value error, ")
+            text = text[:1].lower() + text[1:]
+            if item["type"] != "missing" and isinstance(item["input"], (str, int, float)):
+                text += f" (got {item['input']!r})"
+        sentences.append(f"{path}: {text}" if path else text)
+    return sentences
+
+
+def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    """Names of the keys that are allowed at a place in a nested model."""
+    for part in loc:
+        if isinstance(part, str):
+            annotation = model.model_fields[part].annotation
+            inner = [t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel)]
+            model = inner[0]
+    return list(model.model_fields)
+
+
+def _named(value: Any) -> bool:
+    """Whether a part of the tree can be looked up; if not, its shape is pydantic's to report."""
+    return isinstance(value, dict) and isinstance(value.get("name"), str) and isinstance(value.get("options", {}), dict)
+
+
+def _methods(tree: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The methods that can be looked up, by key path."""
+    methods = tree.get("methods")
+    return {f"methods.{i}": m for i, m in enumerate(methods) if _named(m)} if isinstance(methods, list) else {}
+
+
+def _add_labels(tree: Mapping[str, Any]) -> None:
+    """Give every method without a label one: its name and the options that were set."""
+    for method in _methods(tree).values():
+        given = ", ".join(f"{key}={_show(value)}" for key, value in method.get("options", {}).items())
+        method.setdefault("label", f"{method['name']} ({given})" if given else method["name"])
+
+
+def _show(value: Any) -> str:
+    return "+".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _resolve_options(tree: Mapping[str, Any]) -> tuple[list[str], set[str]]:
+    """Replace the options of data set, network and methods by their full form, in place.
+
+    Returns:
+        What is wrong, and the key paths of the parts in which nothing is.
+    """
+    problems: list[str] = []
+    valid: set[str] = set()
+    parts: list[tuple[str, dict[str, Any], str]] = [
+        *((kind, tree[kind], kind) for kind in ("data", "model") if _named(tree.get(kind))),
+        *((path, method, "method") for path, method in _methods(tree).items()),
+    ]
+    for path, part, kind in parts:
+        try:
+            model = _options_model(kind, part["name"])
+            part["options"] = model.model_validate(part.get("options", {})).model_dump(mode="json")
+            valid.add(path)
+        except UnknownName as error:
+            problems.append(f"{path}.name: {error}")
+        except ValidationError as error:
+            problems += explain(error, model, f"{path}.options.")
+    return problems, valid
+
+
+def _options_model(kind: str, name: str) -> type[Options]:
+    if kind == "data":
+        return get_dataset(name).options
+    return get_model(name).options if kind == "model" else get_method(name).Options
+
+
+def _check_repetitions(tree: Mapping[str, Any]) -> list[str]:
+    """Labels and seeds must differ, since each names a folder."""
+    problems = []
+    first: dict[str, str] = {}
+    for path, method in _methods(tree).items():
+        if not isinstance(method["label"], str):
+            continue
+        folder = slug(method["label"])
+        if not folder:
+            problems.append(f"{path}.label: {method['label']!r} holds no letter or digit")
+        elif folder in first:
+            problems.append(f"{path}.label: {method['label']!r} is the label of {first[folder]} too; labels must differ")
+        first.setdefault(folder, path)
+    seeds = tree.get("seeds")
+    if isinstance(seeds, list) and len(set(map(repr, seeds))) < len(seeds):
+        problems.append("seeds: a seed is listed twice")
+    return problems
+
+
+def _check_fit(tree: Mapping[str, Any], valid: set[str]) -> list[str]:
+    """Whether network, data and methods go together; asked of the network itself, built without memory or random numbers."""
+    if not {"data", "model"} <= valid:
+        return []
+    info, model = get_dataset(tree["data"]["name"]).info, Component.model_validate(tree["model"])
+    known = get_model(model.name).options.model_fields
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            modules = [n for n, _ in build_model(model.name, model.options, info.shape, len(info.classes)).named_modules()]
+    except UsageError as error:
+        return [f"model: {error}"]
+    hidden = hidden_layers(model.name, model.options)
+    problems = []
+    for path, part in _methods(tree).items():
+        if path in valid:
+            method = make_method(part["name"], part["options"])
+            problems += [
+                f"{path}: method {part['name']!r} sets model.options.{key}, which model {model.name!r} does not have"
+                for key in method.model_options()
+                if key not in known
+            ]
+            problems += [f"{path}.{problem}" for problem in method.problems(modules, hidden)]
+    return problems

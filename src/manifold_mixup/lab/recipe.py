@@ -1,0 +1,212 @@
+"""Recipes: finding them, reading them, and changing them from the command line."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from manifold_mixup.lab.config import ExperimentConfig
+from manifold_mixup.lab.errors import RecipeError, StorageError, UnknownName, UsageError
+from manifold_mixup.lab.parsing import parse_config
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pragma: no cover
+    import tomli as tomllib
+
+__all__ = ["RECIPES", "Overrides", "load_recipe", "parse_component", "parse_seeds", "read_recipe", "recipe_files"]
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """What the command line changes in a recipe; None and empty leave it as it is.
+
+    Attributes:
+        data: ``name`` or ``name:key=value,...``; with the recipe's own name, the options are changed one by one.
+        model: Likewise.
+        methods: ``name`` or ``name:key=value,...,label=text`` each; they replace the recipe's.
+        seeds: ``5`` is 0 to 4, ``3,4`` and ``100-102`` are these.
+        steps: Optimiser updates.
+        settings: ``key.path=value`` each, for every other key.
+        keep: Keep only the recipe's methods with these labels or names.
+    """
+
+    data: str | None = None
+    model: str | None = None
+    methods: Sequence[str] = ()
+    seeds: str | None = None
+    steps: int | None = None
+    settings: Sequence[str] = ()
+    keep: Sequence[str] = ()
+
+
+def recipe_files() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    return {path.stem: path for path in sorted(RECIPES.rglob("*.toml"))}
+
+
+def read_recipe(name_or_path: str) -> tuple[dict[str, Any], str]:
+    """The plain values of a recipe and what to call it in errors.
+
+    Args:
+        name_or_path: The name of a recipe of the package, or the path of a TOML file.
+
+    Raises:
+        UnknownName: There is no such recipe.
+        RecipeError: The file is no TOML.
+        StorageError: The file cannot be read.
+    """
+    path = Path(name_or_path)
+    if path.suffix != ".toml":
+        known = recipe_files()
+        if name_or_path not in known:
+            raise UnknownName("recipe", name_or_path, known)
+        path = known[name_or_path]
+    try:
+        text = path.read_text(encoding="utf-8")
+        return tomllib.loads(text), f"recipe {name_or_path}"
+    except OSError as error:
+        raise StorageError(path, error, "read the recipe") from error
+    except ValueError as error:  # TOML mistakes and bytes that are no UTF-8
+        raise RecipeError(f"recipe {name_or_path}", [f"it is no TOML: {error}"]) from error
+
+
+def load_recipe(name_or_path: str, overrides: Overrides | None = None) -> ExperimentConfig:
+    """Read a recipe, apply what the command line changes, and validate the result.
+
+    Raises:
+        LabError: It does not exist, cannot be read, or has mistakes (all of them are named).
+    """
+    tree, source = read_recipe(name_or_path)
+    if overrides is not None:
+        apply_overrides(tree, overrides)
+    return parse_config(tree, source)
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Overrides) -> None:
+    """Change the plain values of an experiment, in place.
+
+    Raises:
+        UsageError: A flag cannot be understood.
+    """
+    if overrides.keep:
+        tree["methods"] = [m for m in tree["methods"] if {m.get("label"), m.get("name")} & set(overrides.keep)]
+    for kind, text in (("data", overrides.data), ("model", overrides.model)):
+        if text is not None:
+            part, old = parse_component(text, f"--{kind}"), tree.get(kind)
+            if isinstance(old, dict) and old.get("name") == part["name"]:
+                part["options"] = {**old.get("options", {}), **part["options"]}
+            tree[kind] = part
+    if overrides.methods:
+        tree["methods"] = [parse_component(text, "--method") for text in overrides.methods]
+    if overrides.seeds is not None:
+        tree["seeds"] = parse_seeds(overrides.seeds)
+    if overrides.steps is not None:
+        tree["train"] = {**tree.get("train", {}), "steps": overrides.steps}
+    for setting in overrides.settings:
+        _set(tree, setting)
+
+
+def _set(tree: dict[str, Any], setting: str) -> None:
+    """Apply one ``key.path=value``; whether the key exists is for the validation to say."""
+    path, equals, text = setting.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise UsageError(f"--set {setting!r} should read key=value, such as train.lr=0.01")
+    node: Any = tree
+    for key in keys[:-1]:
+        if isinstance(node, list):
+            node = _item(node, key, setting)
+        else:
+            node = node.setdefault(key, {})
+        if not isinstance(node, (dict, list)):
+            raise UsageError(f"--set {setting!r}: {key!r} is a value, not a table")
+    if isinstance(node, list):
+        raise UsageError(f"--set {setting!r}: a whole list entry cannot be set")
+    node[keys[-1]] = parse_value(text)
+
+
+def _item(items: list[Any], key: str, setting: str) -> Any:
+    if not key.isdigit() or int(key) >= len(items):
+        raise UsageError(f"--set {setting!r}: {key!r} is no index of a list of {len(items)}")
+    return items[int(key)]
+
+
+def parse_value(text: str) -> Any:
+    """A number, boolean, list or quoted string as in TOML; anything else is a string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def parse_component(text: str, flag: str) -> dict[str, Any]:
+    """Read ``name`` or ``name:key=value,key=value``.
+
+    Values are numbers, true, false or text; layer names are joined by ``+``; a text with a comma needs quotes. ``label`` is
+    not an option but the label.
+
+    Raises:
+        UsageError: It does not read like that.
+    """
+    name, colon, rest = text.partition(":")
+    lexer = shlex.shlex(rest, posix=True, punctuation_chars=False)
+    lexer.whitespace, lexer.whitespace_split, lexer.commenters = ",", True, ""
+    part: dict[str, Any] = {"name": name.strip(), "options": {}}
+    try:
+        items = list(lexer)
+    except ValueError as error:
+        raise UsageError(f"{flag} {text!r}: {str(error).lower()}") from error
+    if not name.strip() or (colon and not items):
+        raise UsageError(f"{flag} {text!r} should read name or name:key=value,key=value")
+    for item in items:
+        key, equals, value = item.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise UsageError(f"{flag} {text!r}: {item!r} should read key=value")
+        if key == "label" and flag == "--method":
+            part["label"] = value
+        elif key in part["options"]:
+            raise UsageError(f"{flag} {text!r}: {key!r} is given twice")
+        else:
+            part["options"][key] = parse_value(value)
+    return part
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Read ``5`` (five seeds: 0 to 4), ``3,4`` (these), ``7,`` (this one) or ``100-104`` (a range).
+
+    Raises:
+        UsageError: It does not read like that.
+    """
+    cleaned = text.replace(" ", "")
+    if re.fullmatch(r"[1-9]\d*", cleaned):
+        return list(range(int(cleaned)))
+    seeds: list[int] = []
+    for item in cleaned.rstrip(",").split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", item)
+        if match is None:
+            raise UsageError(f"--seeds {text!r} should read 5 (seeds 0 to 4), 3,4 or 100-104")
+        first, last = int(match[1]), int(match[2] or match[1])
+        seeds += range(first, last + 1)
+    if not seeds:
+        raise UsageError(f"--seeds {text!r} names no seed")
+    return seeds
+
+
+def without_recipe(name: str, values: Mapping[str, Any], overrides: Overrides) -> ExperimentConfig:
+    """An experiment from the command line alone.
+
+    Raises:
+        RecipeError: With all mistakes at once.
+    """
+    tree = {"name": name, **values}
+    apply_overrides(tree, overrides)
+    return parse_config(tree, "command line")

@@ -1,0 +1,60 @@
+"""Tensors inside what a module takes and returns: tuples, lists, mappings, named tuples and dataclasses of them."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["batch_size", "map_tensors", "tensors"]
+
+
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """Rebuild ``value`` with ``function`` applied to every tensor in it; the original is left as it was.
+
+    Containers of other kinds, and leaves that are no tensors, come back as they are.
+    """
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple):
+        items = [map_tensors(function, item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, list):
+        return [map_tensors(function, item) for item in value]
+    if isinstance(value, dict) and type(value) is dict:
+        return {key: map_tensors(function, item) for key, item in value.items()}
+    if isinstance(value, Mapping):
+        # A copy keeps the class and its extra attributes (the outputs of Hugging Face models are such mappings).
+        rebuilt: Any = copy.copy(value)
+        for key, item in value.items():
+            rebuilt[key] = map_tensors(function, item)
+        return rebuilt
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        rebuilt = copy.copy(value)
+        for field in dataclasses.fields(value):
+            object.__setattr__(rebuilt, field.name, map_tensors(function, getattr(value, field.name)))
+        return rebuilt
+    return value
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor in ``value``, in the order in which :func:`map_tensors` visits them."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from tensors(getattr(value, field.name))
+
+
+def batch_size(value: Any) -> int | None:
+    """Rows of the first tensor that has a first dimension; None where there is none."""
+    return next((t.shape[0] for t in tensors(value) if t.dim()), None)

@@ -1,0 +1,72 @@
+"""What is refused before anything is attached: arguments out of range, and models that cannot be mixed safely."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from manifold_mixup.cutpoints import CutPoint
+from manifold_mixup.errors import UnsupportedModel
+from manifold_mixup.interpolation import PAIRINGS, Pairing
+
+__all__ = ["Layers", "unwrap", "validate"]
+
+Layers = str | Sequence[str] | Callable[[list[CutPoint]], Sequence[str]]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside DDP, FSDP and torch.compile; refuses what cannot be mixed safely."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"ManifoldMixup takes an nn.Module, not {type(model).__name__}.")
+    while True:
+        kind = type(model).__name__
+        if isinstance(model, nn.DataParallel):
+            raise UnsupportedModel(
+                "nn.DataParallel splits the batch after it was paired, so partners land on other devices. "
+                "Use torch.nn.parallel.DistributedDataParallel: each process mixes its own batch."
+            )
+        if isinstance(model, torch.jit.ScriptModule):
+            raise UnsupportedModel(
+                "A ScriptModule runs outside Python, where no hook can mix. Attach to the original module, "
+                "or use torch.compile."
+            )
+        if kind == "GradSampleModule":
+            raise UnsupportedModel(
+                "Private training needs one gradient per example, but the loss of a mixed example depends on two. "
+                "Mix without Opacus, or train privately without mixing."
+            )
+        if kind in ("DistributedDataParallel", "FullyShardedDataParallel") and isinstance(model.module, nn.Module):
+            model = model.module
+        elif kind == "OptimizedModule" and isinstance(model._orig_mod, nn.Module):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def validate(
+    alpha: float, layers: Layers, per: str, pairing: Pairing, probability: float, seed: int | None, check: bool
+) -> None:
+    """Refuse arguments of ManifoldMixup that are out of range: ValueError, or TypeError for another type."""
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha) or alpha < 0:
+        raise ValueError(f"alpha must be a finite number, 0 or larger, but is {alpha!r}.")
+    if isinstance(layers, str) and layers != "auto":
+        raise ValueError(
+            f"layers must be 'auto', a list of names or a callable; for one layer write layers=[{layers!r}]."
+        )
+    if not (isinstance(layers, str) or callable(layers)) and not all(isinstance(name, str) for name in layers):
+        raise TypeError("layers must hold names as in model.named_modules().")
+    if not check and (isinstance(layers, str) or callable(layers)):
+        raise ValueError("check=False takes your word for S, so name it: layers=[...].")
+    if per not in ("batch", "example"):
+        raise ValueError(f"per must be 'batch' or 'example', but is {per!r}.")
+    if not callable(pairing) and pairing not in PAIRINGS:
+        raise ValueError(f"pairing must be one of {', '.join(map(repr, PAIRINGS))} or a callable, but is {pairing!r}.")
+    if per == "example" and pairing == "two-batches":
+        raise ValueError("pairing='two-batches' mixes all rows at one layer: use it with per='batch'.")
+    if isinstance(probability, bool) or not isinstance(probability, (int, float)) or not 0 <= probability <= 1:
+        raise ValueError(f"probability must lie in [0, 1], but is {probability!r}.")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise TypeError(f"seed must be an integer or None, but is {seed!r}.")
