@@ -94,9 +94,7 @@ def test_per_example_equals_the_network_run_by_hand(network, pairing, n):
         seen.update(layers)
         assert torch.equal(partner[partner], torch.arange(n))
         assert sum(layer is None for layer in layers) == n % 2
-        weights = {
-            name: torch.where(torch.tensor([layer == name for layer in layers]), lam, 1.0) for name in names
-        }
+        weights = {name: torch.where(torch.tensor([layer == name for layer in layers]), lam, 1.0) for name in names}
         expected = by_hand(twin, x, weights, partner, n)
         own, other = (F.cross_entropy(expected, labels, reduction="none") for labels in (y, y[partner]))
         (lam * own + (1 - lam) * other).mean().backward()
@@ -223,9 +221,7 @@ def test_channels_last_stays_channels_last():
     watch = {"input": model[0], "0": model[1]}
     for name, module in watch.items():
         module.register_forward_pre_hook(
-            lambda module, args, name=name: formats[name].add(
-                args[0].is_contiguous(memory_format=torch.channels_last)
-            )
+            lambda module, args, name=name: formats[name].add(args[0].is_contiguous(memory_format=torch.channels_last))
         )
     for _ in range(8):
         x = torch.randn(4, 3, 8, 8).to(memory_format=torch.channels_last)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -141,6 +142,8 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     fast_path = torch.backends.mha.get_fastpath_enabled()
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # the real forward says it again
         stack.enter_context(
             torch.random.fork_rng(accelerators, device_type=accelerators[0].type if accelerators else "cuda")
         )
@@ -283,7 +286,8 @@ def auto_layers(points: Sequence[CutPoint]) -> list[str]:
     for target in (0.25, 0.5):
         free = [p for p in _candidates(points) if all(abs(p.compute - c.compute) >= 0.1 for c in chosen)]
         if len(chosen) < 2 and free:
-            chosen.append(min(free, key=lambda p: abs(p.compute - target)))
+            # Of a container and its last child, which are equally far, take the container.
+            chosen.append(min(reversed(free), key=lambda p: round(abs(p.compute - target), 6)))
     order = {p.name: i for i, p in enumerate(points)}
     names = sorted((p.name for p in chosen), key=order.__getitem__)
     return [INPUT, *names] if any(p.name == INPUT for p in points) else names

@@ -21,7 +21,7 @@ from manifold_mixup.errors import BatchMismatch, LayerNotReached, NotACutPoint, 
 from manifold_mixup.interpolation import Plan, apply_plan, apply_traced
 from manifold_mixup.structure import map_tensors, tensors
 
-__all__ = ["EVERY", "INPUT", "AfterForward", "BeforeForward", "Drawn", "Live", "SiteHook"]
+__all__ = ["EVERY", "INPUT", "AfterForward", "BeforeForward", "Drawn", "EndForward", "Live", "SiteHook"]
 
 INPUT = "input"
 EVERY = "*"
@@ -117,22 +117,26 @@ class _Hook:
         if flags is not None and place + 1 != len(flags):
             raise NotACutPoint(
                 key,
-                f"it returned {place + 1} tensors in training and {len(flags)} in eval mode, in which cut points are found.",
+                f"it returned {place + 1} tensors in training and {len(flags)} in the eval mode of discovery.",
             )
         if not mixed:
+            shapes = [tuple(t.shape) for t in tensors(value)]
             raise BatchMismatch(
                 f"The layer {key!r} returned no floating tensor with the batch's {drawn.size} rows in dimension 0 "
-                f"(shapes {[tuple(t.shape) for t in tensors(value)]}), so it cannot be mixed."
+                f"(shapes {shapes}), so it cannot be mixed. {_OTHER_DATA}"
             )
         return result
 
 
 def _mismatch(key: str, tensor: Tensor, size: int) -> str:
     what = "The input" if key == INPUT else f"The hidden state after {key!r}"
-    return (
-        f"{what} has shape {tuple(tensor.shape)}, but the batch given to mixup(x, y) has {size} rows. The model must "
-        "be called with that batch; wrap training forwards of other data in `with mixup.paused():`."
-    )
+    return f"{what} has shape {tuple(tensor.shape)}, but the batch given to mixup(x, y) has {size} rows. {_OTHER_DATA}"
+
+
+_OTHER_DATA = (
+    "Call the model with the batch that mixup(x, y) was given; wrap training forwards of other data in "
+    "`with mixup.paused():`."
+)
 
 
 class SiteHook(_Hook):
@@ -256,6 +260,15 @@ class AfterForward(_Hook):
             node.register_prehook(note)  # type: ignore[union-attr]
 
 
+class EndForward(_Hook):
+    """Forward hook that is called also where the forward raises: nothing that follows belongs to it."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        """The forward is over, one way or the other."""
+        if not _in_backward():
+            self.live.on = False
+
+
 def _with_rows(output: Any, rows: int) -> int:
     return sum(t.dim() > 0 and t.shape[0] == rows for t in tensors(output))
 
@@ -264,7 +277,7 @@ def _not_reached(live: Live) -> str:
     if live.active == EVERY:
         return (
             f"Only {live.fired} of the {live.expected} layers of S ran in this training forward, so some pairs were "
-            "not mixed. Leave the layers that do not always run (stochastic depth, early exits, frozen branches) out of S."
+            "not mixed. Leave the layers that do not always run (stochastic depth, early exits) out of S."
         )
     return (
         f"The layer {live.active!r} was drawn but did not run in this training forward, so nothing was mixed. Leave "

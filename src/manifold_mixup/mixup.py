@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from manifold_mixup.cutpoints import Discovery, choose_layers, discover, resolve_name
 from manifold_mixup.errors import AlreadyAttached, BatchMismatch, LayerNotReached, MixerRemoved
-from manifold_mixup.hooks import EVERY, INPUT, AfterForward, BeforeForward, Drawn, Live, SiteHook
+from manifold_mixup.hooks import EVERY, INPUT, AfterForward, BeforeForward, Drawn, EndForward, Live, SiteHook
 from manifold_mixup.interpolation import Pairing, Partner, Plan, draw_lam, draw_partner
 from manifold_mixup.structure import batch_size, map_tensors, tensors
 from manifold_mixup.target import MixedTarget
@@ -100,6 +100,7 @@ class ManifoldMixup:
         self._handles = [
             self._root.register_forward_pre_hook(BeforeForward(self._live), with_kwargs=True),
             self._root.register_forward_hook(AfterForward(self._live)),
+            self._root.register_forward_hook(EndForward(self._live), always_call=True),
         ]
         self._removed = False
         self._warned = False
@@ -254,9 +255,9 @@ class ManifoldMixup:
 
     def _attach(self, layers: list[str], found: Discovery | None) -> None:
         """Hook every module of S, once."""
-        for handle in self._handles[2:]:
+        for handle in self._handles[_ROOT_HOOKS:]:
             handle.remove()
-        del self._handles[2:]
+        del self._handles[_ROOT_HOOKS:]
         keys: dict[str, set[str]] = {}
         for i, name in enumerate(layers):
             if name != INPUT:
@@ -322,8 +323,9 @@ class ManifoldMixup:
             inverse = inverse.clone()
         live.inverse = None if inverse is None else inverse.to(device, non_blocking=True)
         if live.active == EVERY:
-            one = torch.ones(partner.rows_out, dtype=torch.float64)
-            weights = {k: drawn.plans[k].own if k in drawn.plans else one for k in layers}
+            # A tensor of its own for every layer: the compiler guards on which of them are the same.
+            rows = partner.rows_out
+            weights = {k: drawn.plans[k].own if k in drawn.plans else torch.ones(rows).double() for k in layers}
             live.lam = {k: _float64_on(w, device) for k, w in weights.items() if isinstance(w, Tensor)}
         else:
             lam = _float64_on(torch.tensor(draw.lam, dtype=torch.float64), device)
@@ -334,7 +336,9 @@ class ManifoldMixup:
         live = self._live
 
         def ready() -> None:
-            if not (drawn.completed or (live.drawn is drawn and live.completed)):
+            # A model may compute its loss itself: then the forward has not ended, but what was drawn has been mixed.
+            mixed = live.completed or (live.on and live.fired == live.expected)
+            if not (drawn.completed or (live.drawn is drawn and mixed)):
                 raise LayerNotReached(
                     "The loss sees mixed labels, but no training forward of the model has mixed its features since "
                     "mixup(x, y). Call the model (not its submodules) in training mode on this batch before the loss. "
@@ -358,6 +362,7 @@ class ManifoldMixup:
                 )
 
 
+_ROOT_HOOKS = 3  # handles of the hooks on the model itself come first
 _ATTACHED: weakref.WeakSet[ManifoldMixup] = weakref.WeakSet()
 
 

@@ -1,6 +1,7 @@
 """One experiment: data x network x training x methods x seeds. Recipes are TOML files of it.
 
-These classes state what can be set; :mod:`~manifold_mixup.lab.parsing` fills them from outside and checks that the parts fit.
+These classes state what can be set; :mod:`~manifold_mixup.lab.parsing` fills them from outside and checks that the
+parts fit.
 """
 
 from __future__ import annotations
@@ -26,18 +27,18 @@ def _full_batch(value: Any) -> Any:
 class TrainConfig(Options):
     """How every method of an experiment is trained."""
 
-    steps: int = Field(2000, ge=1, description="optimiser updates")
+    steps: int = Field(default=2000, ge=1, description="optimiser updates")
     batch_size: Annotated[int, BeforeValidator(_full_batch)] = Field(
-        100, ge=0, description="examples per batch; 0 or 'full' is the whole training set"
+        default=100, ge=0, description="examples per batch; 0 or 'full' is the whole training set"
     )
-    optimizer: Literal["adam", "sgd"] = Field("adam", description="adam or sgd")
-    lr: float = Field(1e-3, gt=0, description="learning rate")
-    momentum: float = Field(0.0, ge=0, lt=1, description="momentum of sgd")
-    nesterov: bool = Field(False, description="Nesterov's form of the momentum of sgd")
-    schedule: Literal["constant", "cosine"] = Field("constant", description="of the learning rate")
-    weight_decay: float = Field(0.0, ge=0, description="factor of the L2 penalty")
-    eval_every: int = Field(100, ge=1, description="steps between two looks at the validation split")
-    precision: Literal["32-true", "bf16-mixed"] = Field("32-true", description="of the training steps")
+    optimizer: Literal["adam", "sgd"] = Field(default="adam", description="adam or sgd")
+    lr: float = Field(default=1e-3, gt=0, description="learning rate")
+    momentum: float = Field(default=0.0, ge=0, lt=1, description="momentum of sgd")
+    nesterov: bool = Field(default=False, description="Nesterov's form of the momentum of sgd")
+    schedule: Literal["constant", "cosine"] = Field(default="constant", description="of the learning rate")
+    weight_decay: float = Field(default=0.0, ge=0, description="factor of the L2 penalty")
+    eval_every: int = Field(default=100, ge=1, description="steps between two looks at the validation split")
+    precision: Literal["32-true", "bf16-mixed"] = Field(default="32-true", description="of the training steps")
 
     @model_validator(mode="after")
     def _no_ignored_key(self) -> TrainConfig:
@@ -90,10 +91,10 @@ class ExperimentConfig(Options):
     """One experiment."""
 
     name: str = Field(pattern=r"^[\w][\w.-]*$", description="names the folder of the runs")
-    description: str = Field("", description="one or two sentences for the report")
+    description: str = Field(default="", description="one or two sentences for the report")
     data: Component
     model: Component
-    train: TrainConfig = Field(default_factory=TrainConfig)
+    train: TrainConfig = TrainConfig()
     methods: list[MethodConfig] = Field(min_length=1)
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
 

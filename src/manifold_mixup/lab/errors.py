@@ -15,6 +15,7 @@ __all__ = [
     "ConfigMismatch",
     "CorruptedFile",
     "Diverged",
+    "ExperimentStopped",
     "Interrupted",
     "LabError",
     "MissingExtra",
@@ -73,7 +74,7 @@ class ConfigMismatch(LabError):
     """A run folder or a checkpoint that was made with another configuration."""
 
 
-class StorageError(LabError, OSError):
+class StorageError(LabError):
     """A file or folder that cannot be written or read: full disk, missing permission, a file in the way."""
 
     def __init__(self, path: Path, cause: OSError, action: str = "write") -> None:
@@ -106,6 +107,10 @@ class RunsFailed(LabError):
     """Some runs of an experiment failed; the others are finished and recorded."""
 
     exit_code = 1
+
+
+class ExperimentStopped(LabError):
+    """A run hit something that would stop all others too, such as a full disk."""
 
 
 class Interrupted(LabError):

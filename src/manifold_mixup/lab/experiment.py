@@ -1,7 +1,7 @@
 """Methods x seeds -> runs -> records, in one process or in several.
 
-A run that fails is noted down as failed and the others go on. A stop leaves every run with a checkpoint, so the same command
-goes on where it was.
+A run that fails is noted down as failed and the others go on. A stop leaves every run with a checkpoint, so the same
+command goes on where it was.
 """
 
 from __future__ import annotations
@@ -13,22 +13,24 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from manifold_mixup.errors import ManifoldMixupError
 from manifold_mixup.lab.config import ExperimentConfig, PlannedRun
-from manifold_mixup.lab.errors import Interrupted, StorageError
+from manifold_mixup.lab.errors import ExperimentStopped, Interrupted, StorageError
 from manifold_mixup.lab.records import Failure, Record, RunFolder
 
 __all__ = ["Outcome", "Settings", "Silent", "Watcher", "run_experiments"]
 
 GRACE = 5.0  # seconds that interrupted runs have to write their checkpoints
 TICK = 0.1  # seconds between two looks at the running processes
+STOPPED = "stopped by Ctrl-C; the same command goes on from here"
 
 
 class Watcher(Protocol):
@@ -111,14 +113,17 @@ def run_experiments(configs: Sequence[ExperimentConfig], settings: Settings, wat
             watcher.ended(folder.run, record)
     jobs = min(settings.jobs or os.cpu_count() or 1, len(waiting))
     carry_out = _in_this_process if jobs <= 1 else _in_processes
-    for folder, result in carry_out(waiting, settings, jobs, watcher):
-        results[folder.path] = result
-        watcher.ended(folder.run, result)
+    with contextlib.closing(carry_out(waiting, settings, jobs, watcher)) as finished:
+        for folder, result in finished:
+            results[folder.path] = result
+            watcher.ended(folder.run, result)
     ordered = [results[folder.path] for folder in folders]
     return Outcome([r for r in ordered if isinstance(r, Record)], [r for r in ordered if isinstance(r, Failure)])
 
 
-def _attempt(folder: RunFolder, settings: Settings, stop: Callable[[], bool], progress: Callable[[int], None]) -> Record | Failure:
+def _attempt(
+    folder: RunFolder, settings: Settings, stop: Callable[[], bool], progress: Callable[[int], None]
+) -> Record | Failure:
     """Carry out one run; its own errors become a failure, a stop and a full disk end the whole experiment."""
     from manifold_mixup.lab.run import execute
     from manifold_mixup.lab.training import Hooks
@@ -141,19 +146,23 @@ def _attempt(folder: RunFolder, settings: Settings, stop: Callable[[], bool], pr
 
 def _in_this_process(
     folders: Sequence[RunFolder], settings: Settings, jobs: int, watcher: Watcher
-) -> Iterator[tuple[RunFolder, Record | Failure]]:
+) -> Generator[tuple[RunFolder, Record | Failure], None, None]:
     with _stop_on_ctrl_c() as stop:
         for folder in folders:
             run = folder.run
             watcher.started(run)
-            yield folder, _attempt(folder, settings, stop, lambda step, run=run: watcher.advanced(run, step))  # type: ignore[misc]
+            try:
+                result = _attempt(folder, settings, stop, partial(watcher.advanced, run))
+            except Interrupted as error:
+                raise Interrupted(STOPPED) from error
+            yield folder, result
             if stop():
-                raise Interrupted("stopped by Ctrl-C; the same command goes on from here")
+                raise Interrupted(STOPPED)
 
 
 @contextlib.contextmanager
 def _stop_on_ctrl_c() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a flag that is looked at between two steps, when the state is whole; a second one cuts in."""
+    """Turn the first Ctrl-C into a flag, looked at between two steps, when the state is whole; a second one cuts in."""
     asked = threading.Event()
 
     def handler(signum: int, frame: Any) -> None:
@@ -186,7 +195,7 @@ class _Slot:
         initargs = (self.index, self.steps, self.stop)
         return ProcessPoolExecutor(1, mp_context=self._context, initializer=_start_worker, initargs=initargs)
 
-    def submit(self, folder: RunFolder, settings: Settings) -> Future[Record | Failure]:
+    def submit(self, folder: RunFolder, settings: Settings) -> Future[Record | Failure | str]:
         """Start a run."""
         self.folder = folder
         self.steps[self.index] = 0
@@ -198,21 +207,23 @@ class _Slot:
         self.pool.shutdown(wait=False)
         self.pool = self._open()
 
-    def kill(self) -> None:
-        """End the process now; what is on disk is whole at any moment."""
-        for process in list((self.pool._processes or {}).values()):
+    def close(self, *, kill: bool) -> None:
+        """End the process, and if need be the run in it: what is on disk is whole at any moment."""
+        processes = list((self.pool._processes or {}).values()) if kill else []
+        for process in processes:
             process.kill()
         self.pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _in_processes(
     folders: Sequence[RunFolder], settings: Settings, jobs: int, watcher: Watcher
-) -> Iterator[tuple[RunFolder, Record | Failure]]:
+) -> Generator[tuple[RunFolder, Record | Failure], None, None]:
     context = multiprocessing.get_context("spawn")
     # plain shared memory: a worker that is killed cannot leave a lock behind
     steps, stop = context.RawArray("q", jobs), context.RawValue("b", 0)
-    free = [_Slot(i, context, steps, stop) for i in range(jobs)]
-    slots, waiting, running = list(free), list(folders), {}
+    slots = [_Slot(i, context, steps, stop) for i in range(jobs)]
+    free, waiting = list(slots), list(folders)
+    running: dict[Future[Record | Failure | str], _Slot] = {}
     try:
         with _stop_on_ctrl_c() as stopped:
             while waiting or running:
@@ -225,7 +236,7 @@ def _in_processes(
                 if stopped():
                     stop.value = 1
                     wait(running, timeout=GRACE)
-                    raise Interrupted("stopped by Ctrl-C; the same command goes on from here")
+                    raise Interrupted(STOPPED)
                 for slot in running.values():
                     assert slot.folder is not None
                     watcher.advanced(slot.folder.run, steps[slot.index])
@@ -237,12 +248,15 @@ def _in_processes(
     finally:
         stop.value = 1
         for slot in slots:
-            slot.kill()
+            slot.close(kill=slot not in free)
 
 
-def _result(future: Future[Record | Failure], slot: _Slot) -> Record | Failure:
+def _result(future: Future[Record | Failure | str], slot: _Slot) -> Record | Failure:
     try:
-        return future.result()
+        result = future.result()
+        if isinstance(result, str):
+            raise ExperimentStopped(result)
+        return result
     except BrokenProcessPool:
         folder = slot.folder
         assert folder is not None
@@ -255,7 +269,7 @@ def _result(future: Future[Record | Failure], slot: _Slot) -> Record | Failure:
 
 @contextlib.contextmanager
 def _ctrl_c_held_back() -> Iterator[None]:
-    """Start processes with SIGINT blocked, so that a Ctrl-C in the terminal, which reaches all of them, is left to the parent."""
+    """Start processes with SIGINT blocked: a Ctrl-C in the terminal reaches all of them but is for the parent."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -283,10 +297,13 @@ def _end_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-def _work(folder: RunFolder, settings: Settings) -> Record | Failure:
-    """In a worker: carry out one run."""
+def _work(folder: RunFolder, settings: Settings) -> Record | Failure | str:
+    """In a worker: carry out one run; the text is what ends the whole experiment."""
 
     def progress(step: int) -> None:
         _worker["steps"][_worker["index"]] = step
 
-    return _attempt(folder, settings, lambda: bool(_worker["stop"].value), progress)
+    try:
+        return _attempt(folder, settings, lambda: bool(_worker["stop"].value), progress)
+    except (Interrupted, StorageError) as error:
+        return str(error)

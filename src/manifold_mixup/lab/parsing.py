@@ -1,7 +1,7 @@
 """From plain values to a validated experiment.
 
-Everything wrong is reported at once, each mistake with its key path: the shape of the experiment, the names in the registries,
-the options of every part against that part's own model, and the layers against the network itself.
+Everything wrong is reported at once, each mistake with its key path: the shape of the experiment, the names in the
+registries, the options of every part against that part's own model, and the layers against the network itself.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def parse_config(raw: Mapping[str, Any], source: str) -> ExperimentConfig:
     """
     tree = copy.deepcopy(dict(raw))
     _add_labels(tree)
-    problems, valid = _resolve_options(tree)
+    problems, known = _resolve_options(tree)
     config: ExperimentConfig | None = None
     try:
         config = ExperimentConfig.model_validate(tree)
     except ValidationError as error:
         problems = explain(error, ExperimentConfig) + problems
     problems += _check_repetitions(tree)
-    problems += _check_fit(tree, valid)
+    problems += _check_fit(tree, known)
     if problems or config is None:
         raise RecipeError(source, problems)
     return config
@@ -113,10 +113,10 @@ def _resolve_options(tree: Mapping[str, Any]) -> tuple[list[str], set[str]]:
     """Replace the options of data set, network and methods by their full form, in place.
 
     Returns:
-        What is wrong, and the key paths of the parts in which nothing is.
+        What is wrong, and the key paths of the parts whose names are known.
     """
     problems: list[str] = []
-    valid: set[str] = set()
+    known: set[str] = set()
     parts: list[tuple[str, dict[str, Any], str]] = [
         *((kind, tree[kind], kind) for kind in ("data", "model") if _named(tree.get(kind))),
         *((path, method, "method") for path, method in _methods(tree).items()),
@@ -124,13 +124,24 @@ def _resolve_options(tree: Mapping[str, Any]) -> tuple[list[str], set[str]]:
     for path, part, kind in parts:
         try:
             model = _options_model(kind, part["name"])
-            part["options"] = model.model_validate(part.get("options", {})).model_dump(mode="json")
-            valid.add(path)
+            part["options"], mistakes = _validate_options(model, part.get("options", {}))
         except UnknownName as error:
             problems.append(f"{path}.name: {error}")
-        except ValidationError as error:
-            problems += explain(error, model, f"{path}.options.")
-    return problems, valid
+            continue
+        problems += [f"{path}.options.{mistake}" for mistake in mistakes]
+        known.add(path)
+    return problems, known
+
+
+def _validate_options(model: type[Options], options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The full form of what is right, so that it can be checked on, and what is wrong."""
+    try:
+        return model.model_validate(dict(options)).model_dump(mode="json"), []
+    except ValidationError as error:
+        wrong = {item["loc"][0] for item in error.errors() if item["loc"]}
+        right = {key: value for key, value in options.items() if wrong and key not in wrong}
+        rest, _ = _validate_options(model, right)
+        return rest, explain(error, model)
 
 
 def _options_model(kind: str, name: str) -> type[Options]:
@@ -150,7 +161,9 @@ def _check_repetitions(tree: Mapping[str, Any]) -> list[str]:
         if not folder:
             problems.append(f"{path}.label: {method['label']!r} holds no letter or digit")
         elif folder in first:
-            problems.append(f"{path}.label: {method['label']!r} is the label of {first[folder]} too; labels must differ")
+            problems.append(
+                f"{path}.label: {method['label']!r} is the label of {first[folder]} too; labels must differ"
+            )
         first.setdefault(folder, path)
     seeds = tree.get("seeds")
     if isinstance(seeds, list) and len(set(map(repr, seeds))) < len(seeds):
@@ -158,26 +171,29 @@ def _check_repetitions(tree: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _check_fit(tree: Mapping[str, Any], valid: set[str]) -> list[str]:
-    """Whether network, data and methods go together; asked of the network itself, built without memory or random numbers."""
-    if not {"data", "model"} <= valid:
+def _check_fit(tree: Mapping[str, Any], known: set[str]) -> list[str]:
+    """Whether network, data and methods fit; asked of the network itself, built without memory or random numbers."""
+    if not {"data", "model"} <= known:
         return []
-    info, model = get_dataset(tree["data"]["name"]).info, Component.model_validate(tree["model"])
-    known = get_model(model.name).options.model_fields
+    info = get_dataset(tree["data"]["name"]).info
+    model = Component(name=tree["model"]["name"], options=tree["model"]["options"])
+    settable = get_model(model.name).options.model_fields
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            modules = [n for n, _ in build_model(model.name, model.options, info.shape, len(info.classes)).named_modules()]
+            modules = [
+                n for n, _ in build_model(model.name, model.options, info.shape, len(info.classes)).named_modules()
+            ]
     except UsageError as error:
         return [f"model: {error}"]
     hidden = hidden_layers(model.name, model.options)
     problems = []
     for path, part in _methods(tree).items():
-        if path in valid:
+        if path in known:
             method = make_method(part["name"], part["options"])
             problems += [
                 f"{path}: method {part['name']!r} sets model.options.{key}, which model {model.name!r} does not have"
                 for key in method.model_options()
-                if key not in known
+                if key not in settable
             ]
             problems += [f"{path}.{problem}" for problem in method.problems(modules, hidden)]
     return problems

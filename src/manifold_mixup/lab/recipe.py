@@ -122,10 +122,7 @@ def _set(tree: dict[str, Any], setting: str) -> None:
         raise UsageError(f"--set {setting!r} should read key=value, such as train.lr=0.01")
     node: Any = tree
     for key in keys[:-1]:
-        if isinstance(node, list):
-            node = _item(node, key, setting)
-        else:
-            node = node.setdefault(key, {})
+        node = _item(node, key, setting) if isinstance(node, list) else node.setdefault(key, {})
         if not isinstance(node, (dict, list)):
             raise UsageError(f"--set {setting!r}: {key!r} is a value, not a table")
     if isinstance(node, list):
@@ -150,8 +147,8 @@ def parse_value(text: str) -> Any:
 def parse_component(text: str, flag: str) -> dict[str, Any]:
     """Read ``name`` or ``name:key=value,key=value``.
 
-    Values are numbers, true, false or text; layer names are joined by ``+``; a text with a comma needs quotes. ``label`` is
-    not an option but the label.
+    Values are numbers, true, false or text; layer names are joined by ``+``; a text with a comma needs quotes.
+    ``label`` is not an option but the label.
 
     Raises:
         UsageError: It does not read like that.

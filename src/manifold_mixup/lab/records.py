@@ -17,7 +17,7 @@ import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
@@ -34,13 +34,13 @@ SCHEMA = 1
 class Record(BaseModel):
     """One finished run.
 
-    ``metrics`` are those of the last weights, ``best`` those of the weights with the lowest validation NLL, under the same names.
-    Errors, accuracies and calibration errors are percentages, likelihoods are nats.
+    ``metrics`` are those of the last weights, ``best`` those of the weights with the lowest validation NLL, under the
+    same names. Errors, accuracies and calibration errors are percentages, likelihoods are nats.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=())
 
-    schema_version: int = Field(SCHEMA, alias="schema")
+    schema_version: Literal[1] = Field(default=1, alias="schema")
     experiment: str
     data: str
     model: str
@@ -57,7 +57,7 @@ class Record(BaseModel):
     seconds: float
     command: str
     date: str
-    folder: Path = Field(Path(), exclude=True)
+    folder: Path = Field(default=Path(), exclude=True)
 
     def pictures(self) -> dict[str, Tensor]:
         """The arrays that the report draws; empty if the data set has none.
@@ -70,7 +70,19 @@ class Record(BaseModel):
 
     def summary(self) -> dict[str, Any]:
         """The part that ``--json`` prints."""
-        names = ("experiment", "data", "model", "method", "label", "options", "seed", "metrics", "best", "config_hash", "seconds")
+        names = (
+            "experiment",
+            "data",
+            "model",
+            "method",
+            "label",
+            "options",
+            "seed",
+            "metrics",
+            "best",
+            "config_hash",
+            "seconds",
+        )
         return {name: getattr(self, name) for name in names}
 
 
@@ -127,9 +139,8 @@ class RunFolder:
             raise CorruptedFile(f"{path} is corrupted; delete {self.path} or choose another folder with --runs")
         if saved.get("hash") != self.run.config.hash:
             differences = describe_differences(saved["config"], self.run.config.model_dump(mode="json"))
-            raise ConfigMismatch(
-                f"{self.path} holds a run of another config ({differences}); choose another folder with --runs or delete it"
-            )
+            hint = "choose another folder with --runs or delete this one"
+            raise ConfigMismatch(f"{self.path} holds a run of another config ({differences}); {hint}")
 
     def claim(self) -> None:
         """Create the folder for this run, or find that it is this run's already.

@@ -146,4 +146,10 @@ def _versions() -> dict[str, str]:
 
 def _hardware() -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {"machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count(), "device": device, "threads": 1}
+    return {
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "cpus": os.cpu_count(),
+        "device": device,
+        "threads": 1,
+    }

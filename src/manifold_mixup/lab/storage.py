@@ -1,6 +1,7 @@
 """Files that are either whole or absent: atomic writes, and nested state as safetensors plus JSON.
 
-Nothing here unpickles: what a checkpoint holds is plain numbers in two open formats, and a checksum ties the two files together.
+Nothing here unpickles: what a checkpoint holds is plain numbers in two open formats, and a checksum ties the two files
+together.
 """
 
 from __future__ import annotations
@@ -152,10 +153,10 @@ def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def save_state(folder: Path, state: Mapping[str, Any], step: int) -> None:
-    """Save nested state as ``state.json`` and one safetensors file, so that a crash leaves this state or the one before.
+    """Save nested state as ``state.json`` and one safetensors file; a crash leaves this state or the one before.
 
-    The tensor file is new at every step and ``state.json`` names it with its checksum; replacing ``state.json`` is the one moment at
-    which the new state takes over.
+    The tensor file is new at every step and ``state.json`` names it with its checksum; replacing ``state.json`` is the
+    one moment at which the new state takes over.
 
     Raises:
         StorageError: The folder cannot be written.

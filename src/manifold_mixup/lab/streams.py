@@ -1,8 +1,8 @@
 """Independent streams of random numbers, all derived from a run's one seed.
 
-Every consumer of randomness (the split, the initial weights, the order of batches, each method) has a stream of its own. What one of
-them draws never shifts what another one sees, so two methods at one seed train on the same split, from the same weights, in
-the same order, and their difference can be taken seed by seed.
+Every consumer of randomness (the split, the initial weights, the order of batches, each method) has a stream of its
+own. What one of them draws never shifts what another one sees, so two methods at one seed train on the same split,
+from the same weights, in the same order, and their difference can be taken seed by seed.
 """
 
 from __future__ import annotations

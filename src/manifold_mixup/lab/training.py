@@ -68,7 +68,9 @@ class Batches:
 
     def __init__(self, examples: int, size: int, seed: int) -> None:
         if size > examples:
-            raise UsageError(f"train.batch_size {size} is more than the {examples} training examples; 0 takes all of them")
+            raise UsageError(
+                f"train.batch_size {size} is more than the {examples} training examples; 0 takes all of them"
+            )
         self.examples, self.size = examples, size or examples
         self._generator = streams.generator(seed, "batches")
         self._order = torch.randperm(examples, generator=self._generator)
@@ -194,7 +196,9 @@ class _Loop:
         rows = self.batches.draw().to(self.fabric.device)
         x, y = self.transform(self.train.x[rows], self.train.y[rows])
         self.stepper.zero_grad()
-        loss = F.cross_entropy(self.forward(x), y)
+        loss = F.cross_entropy(
+            self.forward(x), y, reduction="none"
+        ).mean()  # a weight per example needs a loss per example
         self.fabric.backward(loss)
         self.stepper.step()
         self.schedule.step()
@@ -203,7 +207,7 @@ class _Loop:
         self.loss_count += 1
 
     def validate(self) -> None:
-        """Measure on the validation split, keep the weights if they are the best so far, and write a line of the log."""
+        """Measure on the validation split, keep the weights if they are the best so far, write a line of the log."""
         train_loss = self.loss_sum / self.loss_count
         error, nll = _evaluate(self.model, self.validation)
         if not math.isfinite(train_loss + nll):
@@ -258,8 +262,9 @@ class _Loop:
             try:
                 self._restore(state)
             except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+                reason = f"{type(error).__name__}: {error}"
                 raise CorruptedFile(
-                    f"the checkpoint {self.checkpoint} does not fit the run ({type(error).__name__}); delete it to start again"
+                    f"the checkpoint {self.checkpoint} does not fit the run ({reason}); delete it to start again"
                 ) from error
         _trim_log(self.log, self.step)
 
@@ -325,7 +330,7 @@ def _copy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _trim_log(path: Path, step: int) -> None:
-    """Drop the lines after a step, and a last line that was cut off, so that the log reads as if nothing had happened."""
+    """Drop the lines after a step, and a last line that was cut off; the log then reads as if nothing had happened."""
     if not path.exists():
         return
     kept = []

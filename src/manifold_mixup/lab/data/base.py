@@ -56,7 +56,8 @@ class Examples:
 class DataSplits:
     """The splits of one run. Training and validation lie open; the test split is handed out once.
 
-    The training loop is given ``train`` and ``validation``, never this object, so nothing in it can reach the test data.
+    The training loop is given ``train`` and ``validation``, never this object, so nothing in it can reach the test
+    data.
     """
 
     def __init__(self, info: DataInfo, train: Examples, validation: Examples, test: Examples) -> None:

@@ -21,11 +21,13 @@ TEST, VALIDATION, TRAIN = 597, 200, 1000
 class DigitsOptions(Options):
     """How many of the 1,000 training images are used."""
 
-    train_examples: int = Field(TRAIN, ge=10, le=TRAIN, description="training images; fewer are drawn class-balanced")
+    train_examples: int = Field(
+        default=TRAIN, ge=10, le=TRAIN, description="training images; fewer are drawn class-balanced"
+    )
 
 
 def load(options: DigitsOptions, seed: int) -> DataSplits:
-    """Split the images by the run's seed, stratified by class: 597 for the test, 200 for validation, 1,000 for training.
+    """Split the images by the run's seed, stratified by class: 597 to test, 200 to validate, 1,000 to train.
 
     The test and validation images do not depend on ``train_examples``.
 
@@ -57,7 +59,7 @@ def load(options: DigitsOptions, seed: int) -> DataSplits:
 
 
 def balanced(labels: Any, size: int, indices: Any) -> Any:
-    """The first ``size`` indices with class counts that differ by at most one; ``indices`` are in random order already."""
+    """The first ``size`` of the indices, which are in random order, with class counts that differ by at most one."""
     rank = np.empty(len(labels), dtype=np.int64)
     for label in np.unique(labels):
         of_class = labels == label

@@ -1,7 +1,7 @@
 """The two spirals of the paper's Figures 1 and 2, without noise.
 
-The points lie on the Archimedean spiral r = θ with θ = sqrt(U) · 780°, U uniform on [0, 1]; one class is the other turned by half
-a turn. The paper publishes no code for it; this law was read off the published figure.
+The points lie on the Archimedean spiral r = θ with θ = sqrt(U) · 780°, U uniform on [0, 1]; one class is the other
+turned by half a turn. The paper publishes no code for it; this law was read off the published figure.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ __all__ = ["DATASET", "SpiralOptions", "draw_spiral"]
 class SpiralOptions(Options):
     """Sizes of the splits and the length of the spiral."""
 
-    points_per_class: int = Field(60, ge=1, description="training points of each class")
-    validation_points: int = Field(1000, ge=2, description="fresh points for validation, both classes together")
-    test_points: int = Field(4000, ge=2, description="fresh points for the test, both classes together")
-    degrees: float = Field(780.0, gt=0, description="the largest angle of the spiral")
+    points_per_class: int = Field(default=60, ge=1, description="training points of each class")
+    validation_points: int = Field(default=1000, ge=2, description="fresh points for validation, both classes together")
+    test_points: int = Field(default=4000, ge=2, description="fresh points for the test, both classes together")
+    degrees: float = Field(default=780.0, gt=0, description="the largest angle of the spiral")
 
 
 def draw_spiral(points_per_class: int, degrees: float, generator: torch.Generator) -> Examples:
@@ -36,7 +36,8 @@ def draw_spiral(points_per_class: int, degrees: float, generator: torch.Generato
         generator: Where the angles come from.
 
     Returns:
-        Inputs of shape ``(2 * points_per_class, 2)`` in units of the paper's axes (within [-15, 15] for 780°), and their labels.
+        Inputs of shape ``(2 * points_per_class, 2)`` in units of the paper's axes (within [-15, 15] for 780°), and
+        their labels.
     """
     uniform = torch.rand(2, points_per_class, generator=generator, dtype=torch.float64)
     theta = uniform.sqrt() * math.radians(degrees)

@@ -15,7 +15,9 @@ __all__ = ["BINS", "evaluate"]
 BINS = 15
 
 
-def evaluate(model: nn.Module, x: Tensor, y: Tensor, *, prefix: str = "test", batch_size: int = 1000) -> dict[str, float]:
+def evaluate(
+    model: nn.Module, x: Tensor, y: Tensor, *, prefix: str = "test", batch_size: int = 1000
+) -> dict[str, float]:
     """Measure a classifier on labelled examples, in evaluation mode; the mode of every module is put back afterwards.
 
     ``{prefix}_error``
@@ -53,7 +55,9 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor, *, prefix: str = "test", ba
     y = y.long().cpu()
     classes = logits.shape[1]
     if not 0 <= int(y.min()) <= int(y.max()) < classes:
-        raise ValueError(f"labels run from {int(y.min())} to {int(y.max())}, but the network tells {classes} classes apart")
+        raise ValueError(
+            f"labels run from {int(y.min())} to {int(y.max())}, but the network tells {classes} classes apart"
+        )
     return {
         f"{prefix}_error": 100 * (predicted_labels(logits) != y).double().mean().item(),
         f"{prefix}_nll": F.cross_entropy(logits, y).item(),
@@ -69,11 +73,15 @@ def _calibration_error(logits: Tensor, y: Tensor) -> float:
         from torchmetrics.functional.classification import multiclass_calibration_error
     except ModuleNotFoundError as error:
         raise MissingExtra("torchmetrics", "lab") from error
-    except Exception as error:  # torchmetrics imports torchvision where it finds one, and a mismatched one raises anything
+    except (
+        Exception
+    ) as error:  # torchmetrics imports torchvision where it finds one, and a mismatched one raises anything
         raise LabError(
             f"torchmetrics cannot be imported ({error}); if torchvision is named, reinstall torch and torchvision from one index, "
             "or uninstall torchvision: the lab does without it"
         ) from error
     # Handing over probabilities matters: torchmetrics takes logits that all lie in [0, 1] for probabilities.
-    error = multiclass_calibration_error(probabilities.clamp(0, 1), y, num_classes=logits.shape[1], n_bins=BINS, norm="l1")
+    error = multiclass_calibration_error(
+        probabilities.clamp(0, 1), y, num_classes=logits.shape[1], n_bins=BINS, norm="l1"
+    )
     return float(error)

@@ -31,8 +31,8 @@ def decision_margin(classify: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) 
     into it; a thinner tongue can be missed, and the result is then too large. It is never too small, but for rounding.
 
     Args:
-        classify: Maps points ``(m, 2)`` (dtype and device of ``x``) to labels ``(m,)``.
-        x: Training points, shape ``(n, 2)``.
+        classify: Maps points ``(m, 2)`` (dtype of ``x``, on the CPU) to labels ``(m,)``.
+        x: Training points, shape ``(n, 2)``, on the CPU.
         y: Their labels, shape ``(n,)``, at least two different ones.
 
     Returns:
@@ -53,7 +53,7 @@ def decision_margin(classify: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) 
     origin, target = divmod(int(gaps.argmin()), len(x))
     step = (x[target] - x[origin]).double()
     best = rays.polish(
-        torch.tensor([origin]), torch.atan2(step[1], step[0]).reshape(1), torch.tensor([float(gaps[origin, target])])
+        torch.tensor([origin]), torch.atan2(step[1], step[0]).reshape(1), gaps[origin, target].reshape(1)
     )
     quiet = 0
     for turn in range(MAX_ROUNDS):

@@ -22,9 +22,10 @@ OptionsT = TypeVar("OptionsT", bound=Options)
 class Method(Generic[OptionsT]):
     """A way to train. The base class is plain training; a method overrides what it changes.
 
-    A run calls ``model_options`` and ``train_options``, builds the network and the optimiser from them, calls ``attach`` once, sends every
-    training batch through the transform it returned, and calls ``detach`` before anything is measured. Whatever is random in a
-    method comes from a generator of its own, seeded in ``attach`` and part of ``state_dict``.
+    A run calls ``model_options`` and ``train_options``, builds the network and the optimiser from them, calls
+    ``attach`` once, sends every training batch through the transform it returned, and calls ``detach`` before anything
+    is measured. Whatever is random in a method comes from a generator of its own, seeded in ``attach`` and part of
+    ``state_dict``.
 
     Args:
         options: The method's own settings.
@@ -72,7 +73,7 @@ class Method(Generic[OptionsT]):
         """Leave no trace on the network."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything random or discovered, as tensors and plain values, so that a resumed run draws what this one would."""
+        """All that is random or discovered, as tensors and plain values, so that a resumed run draws the same."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -96,7 +97,9 @@ LayerNames = Annotated[str | list[str], PlainValidator(_layer_names)]
 """A keyword, or names of modules as a list or joined by ``+``."""
 
 
-def unknown_layers(layers: str | list[str], modules: Collection[str], *, keyword: str, extra: Sequence[str] = ()) -> list[str]:
+def unknown_layers(
+    layers: str | list[str], modules: Collection[str], *, keyword: str, extra: Sequence[str] = ()
+) -> list[str]:
     """What is wrong with a choice of layers.
 
     Args:

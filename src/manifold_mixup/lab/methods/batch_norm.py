@@ -15,7 +15,7 @@ __all__ = ["BatchNorm", "BatchNormOptions"]
 class BatchNormOptions(Options):
     """On or off."""
 
-    enabled: bool = Field(True, description="false builds the network without it")
+    enabled: bool = Field(default=True, description="false builds the network without it")
 
 
 class BatchNorm(Method[BatchNormOptions]):

@@ -15,14 +15,16 @@ __all__ = ["Dropout", "DropoutOptions"]
 class DropoutOptions(Options):
     """The paper's value is one half."""
 
-    p: float = Field(0.5, ge=0, lt=1, description="share of the units that are set to zero; 0 switches dropout off")
+    p: float = Field(
+        default=0.5, ge=0, lt=1, description="share of the units that are set to zero; 0 switches dropout off"
+    )
 
 
 class Dropout(Method[DropoutOptions]):
     """Build the network with dropout.
 
-    The masks come from torch's global generator, the only one that ``nn.Dropout`` can use; a run seeds it, saves it in its
-    checkpoints and restores it for whoever runs in the same process.
+    The masks come from torch's global generator, the only one that ``nn.Dropout`` can use; a run seeds it, saves it in
+    its checkpoints and restores it for whoever runs in the same process.
     """
 
     name = "dropout"

@@ -20,8 +20,10 @@ __all__ = ["HiddenNoise", "HiddenNoiseOptions"]
 class HiddenNoiseOptions(Options):
     """The paper states neither the strength nor the layers."""
 
-    sd: float = Field(0.5, ge=0, description="standard deviation, in the units of the hidden states; 0 switches it off")
-    layers: LayerNames = Field("all", description="where: 'all' hidden layers, or names of modules")
+    sd: float = Field(
+        default=0.5, ge=0, description="standard deviation, in the units of the hidden states; 0 switches it off"
+    )
+    layers: LayerNames = Field(default="all", description="where: 'all' hidden layers, or names of modules")
 
 
 class HiddenNoise(NoiseMethod[HiddenNoiseOptions]):

@@ -12,7 +12,9 @@ __all__ = ["InputMixup", "InputMixupOptions"]
 class InputMixupOptions(MixingOptions):
     """The paper's comparison uses alpha = 1."""
 
-    alpha: float = Field(1.0, ge=0, description="the mixing weight follows Beta(alpha, alpha); 0 switches mixing off")
+    alpha: float = Field(
+        default=1.0, ge=0, description="the mixing weight follows Beta(alpha, alpha); 0 switches mixing off"
+    )
 
 
 class InputMixup(MixingMethod):

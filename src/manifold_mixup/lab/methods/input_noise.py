@@ -17,7 +17,9 @@ __all__ = ["InputNoise", "InputNoiseOptions"]
 class InputNoiseOptions(Options):
     """The paper states no strength."""
 
-    sd: float = Field(0.5, ge=0, description="standard deviation, in the units of the inputs; 0 switches the noise off")
+    sd: float = Field(
+        default=0.5, ge=0, description="standard deviation, in the units of the inputs; 0 switches the noise off"
+    )
 
 
 class InputNoise(NoiseMethod[InputNoiseOptions]):

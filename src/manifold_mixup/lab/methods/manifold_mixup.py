@@ -18,16 +18,20 @@ __all__ = ["ManifoldMixupMethod", "ManifoldMixupOptions", "MixingMethod", "Mixin
 class MixingOptions(Options):
     """What input mixup and Manifold Mixup have in common."""
 
-    alpha: float = Field(2.0, ge=0, description="the mixing weight follows Beta(alpha, alpha); 0 switches mixing off")
-    per: Literal["batch", "example"] = Field("batch", description="one draw for the whole batch or one for every pair")
-    pairing: Literal["random", "halves", "two-batches"] = Field("random", description="how partners are found")
-    probability: float = Field(1.0, ge=0, le=1, description="share of the batches that are mixed")
+    alpha: float = Field(
+        default=2.0, ge=0, description="the mixing weight follows Beta(alpha, alpha); 0 switches mixing off"
+    )
+    per: Literal["batch", "example"] = Field(
+        default="batch", description="one draw for the whole batch or one for every pair"
+    )
+    pairing: Literal["random", "halves", "two-batches"] = Field(default="random", description="how partners are found")
+    probability: float = Field(default=1.0, ge=0, le=1, description="share of the batches that are mixed")
 
 
 class ManifoldMixupOptions(MixingOptions):
     """The paper's settings: alpha = 2, one draw per batch, every batch mixed."""
 
-    layers: LayerNames = Field("auto", description="where to mix: 'auto', or names of modules and 'input'")
+    layers: LayerNames = Field(default="auto", description="where to mix: 'auto', or names of modules and 'input'")
 
 
 class MixingMethod(Method[MixingOptions]):

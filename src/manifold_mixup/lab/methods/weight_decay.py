@@ -15,7 +15,9 @@ __all__ = ["WeightDecay", "WeightDecayOptions"]
 class WeightDecayOptions(Options):
     """The paper states no strength."""
 
-    strength: float = Field(1e-3, ge=0, description="factor of the L2 penalty on all parameters; 0 switches it off")
+    strength: float = Field(
+        default=1e-3, ge=0, description="factor of the L2 penalty on all parameters; 0 switches it off"
+    )
 
 
 class WeightDecay(Method[WeightDecayOptions]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -17,16 +18,17 @@ __all__ = ["MLP", "MODEL", "MLPOptions"]
 class MLPOptions(Options):
     """Size and regularisers."""
 
-    width: int = Field(256, ge=1, description="units of each hidden layer")
-    depth: int = Field(3, ge=1, description="hidden layers")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout after every hidden layer")
-    batch_norm: bool = Field(False, description="batch norm before every activation")
+    width: int = Field(default=256, ge=1, description="units of each hidden layer")
+    depth: int = Field(default=3, ge=1, description="hidden layers")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout after every hidden layer")
+    batch_norm: bool = Field(default=False, description="batch norm before every activation")
 
 
 class MLP(nn.Module):
     """Hidden layers with ReLU, then a linear head.
 
-    The hidden layers are ``hidden.1`` to ``hidden.<depth>``, numbered as the paper numbers its cut points: 0 is the input.
+    The hidden layers are ``hidden.1`` to ``hidden.<depth>``, numbered as the paper numbers its cut points: 0 is the
+    input.
 
     Args:
         options: Size and regularisers.
@@ -39,7 +41,7 @@ class MLP(nn.Module):
         widths = [inputs, *[options.width] * options.depth]
         blocks = [
             dense(n_in, n_out, activation=nn.ReLU(), batch_norm=options.batch_norm, dropout=options.dropout)
-            for n_in, n_out in zip(widths[:-1], widths[1:], strict=True)
+            for n_in, n_out in pairwise(widths)
         ]
         self.hidden = numbered(blocks, first=1)
         self.head = nn.Linear(options.width, classes)

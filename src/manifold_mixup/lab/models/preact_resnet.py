@@ -1,4 +1,4 @@
-"""A small pre-activation residual network for small images (He et al. 2016, arXiv 1603.05027), cut into stages as in the paper."""
+"""A small pre-activation residual network (He et al. 2016, arXiv 1603.05027) for small images, in three stages."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ __all__ = ["MODEL", "PreActBlock", "PreActResNet", "PreActResNetOptions"]
 class PreActResNetOptions(Options):
     """Size."""
 
-    width: int = Field(16, ge=1, description="channels of the first stage; doubled at each further stage")
-    blocks: int = Field(1, ge=1, description="residual blocks in each of the three stages")
+    width: int = Field(default=16, ge=1, description="channels of the first stage; doubled at each further stage")
+    blocks: int = Field(default=1, ge=1, description="residual blocks in each of the three stages")
 
 
 class PreActBlock(nn.Module):
@@ -49,8 +49,8 @@ class PreActBlock(nn.Module):
 class PreActResNet(nn.Module):
     """A 3x3 convolution, three stages, average pooling of the raw sum, a linear head.
 
-    ``stage1`` to ``stage3`` return raw residual sums, before the next batch norm: where the authors mix. As in their code no
-    batch norm follows the last stage.
+    ``stage1`` to ``stage3`` return raw residual sums, before the next batch norm: where the authors mix. As in their
+    code no batch norm follows the last stage.
 
     Args:
         options: Size.

@@ -18,16 +18,19 @@ __all__ = ["MODEL", "SpiralNet", "SpiralNetOptions"]
 class SpiralNetOptions(Options):
     """Width and regularisers; the paper states neither the width nor the activation."""
 
-    width: int = Field(128, ge=1, description="units of the seven wide layers")
-    input_scale: float = Field(1.0, gt=0, description="fixed factor on the inputs, inside the network")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout after every hidden layer except the bottleneck")
-    batch_norm: bool = Field(False, description="batch norm after every linear layer except the last")
+    width: int = Field(default=128, ge=1, description="units of the seven wide layers")
+    input_scale: float = Field(default=1.0, gt=0, description="fixed factor on the inputs, inside the network")
+    dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="dropout after every hidden layer except the bottleneck"
+    )
+    batch_norm: bool = Field(default=False, description="batch norm after every linear layer except the last")
 
 
 class SpiralNet(nn.Module):
     """Layers 1 to 4, the bottleneck (layer 5), layers 6 to 8, and the head (layer 9), leaky ReLU between them.
 
-    ``bottleneck`` returns the two-dimensional code: no activation follows it, as the published figure shows negative values.
+    ``bottleneck`` returns the two-dimensional code: no activation follows it, as the published figure shows negative
+    values.
 
     Args:
         options: Width and regularisers.
@@ -76,5 +79,9 @@ MODEL = ModelEntry(
     title="nine fully connected layers with a two-dimensional bottleneck in the middle, leaky ReLU",
     options=SpiralNetOptions,
     build=build,
-    hidden=lambda options: [*(f"encoder.{i}" for i in range(1, 5)), "bottleneck", *(f"decoder.{i}" for i in range(6, 9))],
+    hidden=lambda options: [
+        *(f"encoder.{i}" for i in range(1, 5)),
+        "bottleneck",
+        *(f"decoder.{i}" for i in range(6, 9)),
+    ],
 )

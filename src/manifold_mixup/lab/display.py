@@ -1,0 +1,181 @@
+"""What people see in the terminal: progress on stderr, tables on stdout."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from manifold_mixup.lab.config import PlannedRun
+from manifold_mixup.lab.measures.catalog import MAIN, OWN, describe
+from manifold_mixup.lab.options import Options
+from manifold_mixup.lab.records import Failure, Record
+from manifold_mixup.lab.statistics import format_mean_sd, paired_difference, summary
+
+__all__ = ["Bars", "comparison", "console", "listing", "options_text", "single"]
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console that does not squeeze tables to 80 columns where the output is a file or a pipe."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, width=None if stream.isatty() else 120, soft_wrap=False, highlight=False)
+
+
+class Bars:
+    """A watcher with one bar for all runs and one for each run that is going on; silent unless stderr is a terminal.
+
+    Args:
+        runs: Number of runs.
+        quiet: Show nothing.
+    """
+
+    def __init__(self, runs: int, *, quiet: bool = False) -> None:
+        target = console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=target,
+            disable=quiet or not target.is_terminal,
+            transient=True,
+        )
+        self._all = self._progress.add_task("runs", total=runs)
+        self._running: dict[tuple[str, str, int], TaskID] = {}
+
+    def __enter__(self) -> Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def started(self, run: PlannedRun) -> None:
+        """A bar for a run."""
+        text = f"{run.experiment}: {run.label}, seed {run.config.seed}"
+        self._running[_key(run)] = self._progress.add_task(escape(text), total=run.config.train.steps)
+
+    def advanced(self, run: PlannedRun, step: int) -> None:
+        """Move its bar."""
+        if _key(run) in self._running:
+            self._progress.update(self._running[_key(run)], completed=step)
+
+    def ended(self, run: PlannedRun, outcome: Record | Failure) -> None:
+        """Remove its bar, and say so if it failed."""
+        task = self._running.pop(_key(run), None)
+        if task is not None:
+            self._progress.remove_task(task)
+        self._progress.advance(self._all)
+        if isinstance(outcome, Failure):
+            self._progress.console.print(f"failed: {outcome.label}, seed {outcome.seed}: {outcome.error}", markup=False)
+
+
+def _key(run: PlannedRun) -> tuple[str, str, int]:
+    return run.experiment, run.label, run.config.seed
+
+
+def comparison(records: Sequence[Record]) -> Iterable[Table]:
+    """Tables of one experiment: mean ± sd over seeds, and the paired difference to the first method.
+
+    The first table holds error, likelihood and calibration; a second one the data set's own measures, if it has any.
+    """
+    by_label: dict[str, dict[int, Mapping[str, float | None]]] = {}
+    for record in records:
+        by_label.setdefault(record.label, {})[record.seed] = record.metrics
+    first = records[0]
+    own = [name for name in OWN if any(name in record.metrics for record in records)]
+    for names, title in (
+        (MAIN, f"{first.experiment}: {first.data}, {first.model}"),
+        (own, "the data set's own measures"),
+    ):
+        if names:
+            yield _comparison_table(escape(title), names, by_label)
+
+
+def _comparison_table(
+    title: str, names: Sequence[str], by_label: Mapping[str, Mapping[int, Mapping[str, float | None]]]
+) -> Table:
+    baseline, *others = by_label
+    caption = "mean ± sd over seeds, of the last weights"
+    if others:
+        caption += f"; below it the difference to {baseline!r}, paired by seed, with its 95 % interval"
+    table = Table(title=title, show_lines=True, caption=escape(caption), caption_justify="left")
+    table.add_column("method")
+    table.add_column("seeds", justify="right")
+    for name in names:
+        metric = describe(name)
+        table.add_column(escape(f"{metric.title} ({metric.unit})" if metric.unit else metric.title), justify="right")
+    for label, runs in by_label.items():
+        cells = []
+        for name in names:
+            values = _values(runs, name)
+            text = format_mean_sd(summary(values.values()), describe(name).digits) if values else "-"
+            if label != baseline:
+                text += _difference(values, _values(by_label[baseline], name), describe(name).digits)
+            cells.append(escape(text))
+        table.add_row(escape(label), str(len(runs)), *cells)
+    return table
+
+
+def _difference(values: Mapping[int, float], reference: Mapping[int, float], digits: int) -> str:
+    """The lines below a mean: the paired difference, its interval, and whether that leaves out 0."""
+    found = paired_difference(values, reference)
+    if found.n == 0:
+        return ""
+    text = f"\n{found.mean:+.{digits}f}"
+    if found.low is not None and found.high is not None:
+        text += f" [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
+    if found.n > 1 and not found.significant:
+        text += "\nno significant difference"
+    return text
+
+
+def _values(by_seed: Mapping[int, Mapping[str, float | None]], name: str) -> dict[int, float]:
+    """Seed to value; NaN where it was no finite number, so that a run that diverged shows in the mean."""
+    found = {seed: metrics[name] for seed, metrics in by_seed.items() if name in metrics}
+    return {seed: math.nan if value is None else value for seed, value in found.items()}
+
+
+def single(record: Record) -> Table:
+    """All metrics of one run, of the last weights and of the best on validation."""
+    table = Table(title=escape(f"{record.data}, {record.model}, {record.label}, seed {record.seed}"))
+    table.add_column("metric")
+    table.add_column("last weights", justify="right")
+    table.add_column(f"best on validation (step {record.train.get('best_step')})", justify="right")
+    for name, value in record.metrics.items():
+        best = record.best.get(name)
+        table.add_row(name, *("-" if v is None else f"{v:.4f}" for v in (value, best)))
+    return table
+
+
+def listing(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A plain table of text."""
+    table = Table(title=title, show_lines=True)
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
+def options_text(model: type[Options]) -> str:
+    """The options of a part, one per line, with default and meaning."""
+    lines = [f"{name}={field.default}: {field.description}" for name, field in model.model_fields.items()]
+    return "\n".join(lines) or "-"

@@ -1,0 +1,59 @@
+"""What each measure is called, its unit, and how it is read. Tables and pages take their words from here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["MAIN", "OWN", "Metric", "describe"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a measure is shown.
+
+    Attributes:
+        title: Its name in a table.
+        unit: ``"%"``, ``"nats"``, or "" for a plain number.
+        digits: Decimals.
+        meaning: One sentence for people who have not met it.
+    """
+
+    title: str
+    unit: str
+    digits: int
+    meaning: str
+
+
+_CLASSIFICATION = {
+    "error": Metric("error", "%", 2, "share of wrong predictions"),
+    "nll": Metric("NLL", "nats", 3, "mean cross-entropy: how improbable the network thought the true classes"),
+    "ece": Metric("ECE", "%", 2, "expected calibration error: mean gap between confidence and accuracy, 15 bins"),
+}
+_SPLITS = {"test": "test", "validation": "validation", "train": "training"}
+_OWN = {
+    "train_accuracy": Metric("training accuracy", "%", 1, "share of the training points that are predicted right"),
+    "test_accuracy": Metric("test accuracy", "%", 1, "share of fresh points that are predicted right"),
+    "low_confidence_share": Metric(
+        "low confidence", "%", 1, "share of the square [-15, 15]² where the larger probability is below 0.9"
+    ),
+    "within_between_ratio": Metric(
+        "within / between", "", 3, "scatter within the classes over scatter between them, at the bottleneck"
+    ),
+    "margin": Metric(
+        "margin", "", 3, "smallest distance from a training point to the decision boundary, in input units; 0 if one is misclassified"
+    ),
+}
+
+MAIN = tuple(f"test_{name}" for name in _CLASSIFICATION)
+OWN = tuple(_OWN)
+
+
+def describe(name: str) -> Metric:
+    """The words for a measure; one that is not known is called by its own name."""
+    if name in _OWN:
+        return _OWN[name]
+    split, _, kind = name.partition("_")
+    if split in _SPLITS and kind in _CLASSIFICATION:
+        found = _CLASSIFICATION[kind]
+        return Metric(f"{_SPLITS[split]} {found.title}", found.unit, found.digits, found.meaning)
+    return Metric(name, "", 3, "")

@@ -1,0 +1,110 @@
+"""What a MixedTarget has to know about the targets and λ it is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manifold_mixup.errors import BatchMismatch, MixedTargetMisuse
+from manifold_mixup.structure import map_tensors, tensors
+
+__all__ = ["Lam", "check_pair", "checked_lam", "is_index", "rows_of_lam", "summary"]
+
+Lam = float | Tensor
+
+
+def check_pair(y: Any, y_partner: Any) -> int:
+    """Refuse targets that do not fit each other.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        TypeError, BatchMismatch: as :class:`~manifold_mixup.MixedTarget` says.
+    """
+    _check_leaves(y, "y")
+    _check_leaves(y_partner, "y_partner")
+    if map_tensors(lambda _: ..., y) != map_tensors(lambda _: ..., y_partner):
+        raise TypeError(f"y and y_partner differ in structure: {summary(y)} and {summary(y_partner)}.")
+    ones = list(tensors(y))
+    if not ones:
+        raise TypeError("y holds no tensor.")
+    for one, other in zip(ones, tensors(y_partner), strict=True):
+        if not one.dim() or len(one) != len(ones[0]) or one.shape != other.shape:
+            raise BatchMismatch(
+                "All targets need the same first dimension, the batch, and y_partner the shapes of y, but they are "
+                f"{summary(y)} and {summary(y_partner)}."
+            )
+    return len(ones[0])
+
+
+def _check_leaves(value: Any, where: str) -> None:
+    """Tensors only (None is let pass): a plain list of labels would come through unmixed, without a word."""
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            _check_leaves(entry, f"{where}[{key!r}]")
+    elif isinstance(value, (tuple, list)):
+        for i, entry in enumerate(value):
+            _check_leaves(entry, f"{where}[{i}]")
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            _check_leaves(getattr(value, field.name), f"{where}.{field.name}")
+    elif value is not None and not isinstance(value, Tensor):
+        raise TypeError(f"Targets must be tensors, or structures of tensors, but {where} is a {type(value).__name__}.")
+
+
+def checked_lam(lam: Lam, rows: int) -> Lam:
+    """λ as a float, or as the tensor that it is; raises ValueError and BatchMismatch."""
+    if isinstance(lam, Tensor):
+        if not lam.is_floating_point() or lam.dim() != 1:
+            raise ValueError(
+                "λ must be a float, or a floating tensor of shape (n,) with one λ per example, but it is a tensor of "
+                f"{summary(lam)}."
+            )
+        if len(lam) != rows:
+            raise BatchMismatch(f"There are {len(lam)} values of λ for {rows} targets.")
+        # The values on an accelerator are not read: that would wait for the device.
+        inside = lam.device.type != "cpu" or bool(((lam >= 0) & (lam <= 1)).all())
+    else:
+        lam = float(lam)
+        inside = 0.0 <= lam <= 1.0
+    if not inside:
+        raise ValueError(f"λ must lie in [0, 1], but is {lam}.")
+    return lam
+
+
+def is_index(y: Tensor) -> bool:
+    """Whether y holds class indices."""
+    return not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
+
+
+def rows_of_lam(lam: Lam, y: Tensor, index: Any) -> Lam:
+    """λ of the rows of ``y[index]``: row numbers are indexed like y, and must come out alike along each row."""
+    if not isinstance(lam, Tensor):
+        return lam
+    rows = torch.arange(len(lam), device=y.device).view(-1, *[1] * (y.dim() - 1)).expand(y.shape)[index]
+    if rows.dim() == 1:
+        return lam[rows.to(lam.device)]
+    whole = rows.flatten(1) if rows.dim() else rows
+    if 0 in whole.shape[1:] and len(rows) == len(lam):
+        return lam
+    if not whole.dim() or not whole.shape[1] or bool((whole != whole[:, :1]).any()):
+        raise MixedTargetMisuse("The index puts examples of different λ into one row.")
+    return lam[whole[:, 0].to(lam.device)]
+
+
+def summary(value: Any) -> str:
+    """Dtypes and shapes, as ``int64[8]`` or ``{'boxes': float32[8, 4]}``."""
+    return repr(map_tensors(_Brief, value))
+
+
+class _Brief:
+    def __init__(self, tensor: Tensor) -> None:
+        self.text = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+    def __repr__(self) -> str:
+        return self.text
