@@ -10,20 +10,33 @@ Forward and backward of one activation, in one process, the contenders taking tu
 * random, halves: `manifold_mixup.interpolate` with those pairings.
 
 Every figure is a ratio to the floor of the same round: median [quartiles] over the rounds. `naive / random` is how many
-times faster than the naive expression we are. Memory is what a forward and backward allocate at their peak beyond the
-tensors that exist before (from the profiler's allocation events), in units of the activation.
+times faster than the naive expression we are.
+
+The table is made twice, each time in a process of its own: as the C library comes, which gives every tensor above 32 MB
+fresh pages from the kernel (most of the time of the fp32 rows is then page faults), and with memory that
+is used again (MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ raised, as any caching allocator would have it).
+
+Memory is what one operation, or one training step of a small convolutional network that mixes the given activation,
+has allocated at its peak beyond the tensors that exist before, in units of the activation.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
-import torch
-from torch import Tensor
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler, used for its memory events, is talkative
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from manifold_mixup import ManifoldMixup
 from manifold_mixup.interpolation import Partner, draw_partner, interpolate
 
 SHAPES = {"128x64x32x32": (128, 64, 32, 32), "64x197x768": (64, 197, 768)}
@@ -69,17 +82,60 @@ def seconds(operation: Callable[[], Tensor], h: Tensor, grad: Tensor) -> float:
     return time.perf_counter() - start
 
 
-def peak(operation: Callable[[], Tensor], h: Tensor, grad: Tensor) -> float:
-    """Largest sum of live allocations during one forward and backward, in activations."""
-    h.grad = None
+def peak(operation: Callable[[], object], unit: Tensor) -> float:
+    """Largest sum of live allocations while the operation runs, in sizes of ``unit``."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        forward_backward(operation, h, grad)
+        operation()
     live = most = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
             live += event.nbytes()
             most = max(most, live)
-    return most / (h.numel() * h.element_size())
+    return most / (unit.numel() * unit.element_size())
+
+
+def step_memory() -> None:
+    """Peak of a training step: plain, mixed by us at the hidden layer, and the naive expression at the same place."""
+    shape = SHAPES["128x64x32x32"]
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 64, 3, padding=1)
+            self.act = nn.ReLU()
+            self.body = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU())
+            self.head = nn.Linear(64, 10)
+            self.perm: Tensor | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.act(self.stem(x))
+            if self.perm is not None:
+                h = LAM * h + (1 - LAM) * h[self.perm]
+            return self.head(self.body(h).mean((2, 3)))
+
+    torch.manual_seed(0)
+    model, unit = Network(), torch.empty(shape)
+    x, y = torch.randn(shape[0], 3, *shape[2:]), torch.randint(10, (shape[0],))
+
+    def step(mixup: ManifoldMixup | None) -> Callable[[], None]:
+        inputs, target = mixup(x, y) if mixup else (x, y)
+
+        def run() -> None:
+            model.zero_grad()
+            F.cross_entropy(model(inputs), target).backward()
+
+        run()
+        return run
+
+    plain = peak(step(None), unit)
+    model.perm = torch.randperm(shape[0])
+    naive = peak(step(None), unit)
+    model.perm = None
+    ours = peak(step(ManifoldMixup(model, layers=["act"], seed=0)), unit)
+    print(
+        f"peak memory of a training step, in activations of {'x'.join(map(str, shape))} float32: plain {plain:.2f}, "
+        f"ours {ours:.2f} (+{ours - plain:.2f}), naive {naive:.2f} (+{naive - plain:.2f})"
+    )
 
 
 def measure(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool, rounds: int) -> dict[str, str]:
@@ -106,8 +162,8 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool, rou
         "random": ratio("random", "floor"),
         "naive": ratio("naive", "floor"),
         "naive / random": ratio("naive", "random"),
-        "memory floor, naive, random": ", ".join(
-            f"{peak(operations[k], h, grad):.2f}" for k in ("floor", "naive", "random")
+        "memory f, n, r": ", ".join(
+            f"{peak(lambda k=k: forward_backward(operations[k], h, grad), h):.1f}" for k in ("floor", "naive", "random")
         ),
     }
 
@@ -117,6 +173,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
+    if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        print("Memory as the C library gives it:")
+        table(arguments)
+        print("\nMemory that is used again:", flush=True)
+        reuse = {"MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
+        subprocess.run([sys.executable, *sys.argv], env={**os.environ, **reuse}, check=True)
+        step_memory()
+    else:
+        table(arguments)
+
+
+def table(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     print(f"torch {torch.__version__}, {arguments.threads} threads, {arguments.rounds} rounds")
     header = False
@@ -126,9 +194,9 @@ def main() -> None:
                 row = measure(shape, dtype, channels_last, arguments.rounds)
                 name = f"{label} {str(dtype).removeprefix('torch.')}{' channels-last' if channels_last else ''}"
                 if not header:
-                    print(f"{'':36}" + "".join(f"{column:>22}" for column in row))
+                    print(f"{'':36}" + "".join(f"{column:>20}" for column in row))
                     header = True
-                print(f"{name:36}" + "".join(f"{value:>22}" for value in row.values()), flush=True)
+                print(f"{name:36}" + "".join(f"{value:>20}" for value in row.values()), flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from manifold_mixup import Partner, interpolate
 from manifold_mixup.errors import BatchMismatch, PairingError
-from manifold_mixup.interpolation import _ROW_LOOP_FROM, Plan, apply_traced, draw_lam, draw_partner
+from manifold_mixup.interpolation import Plan, apply_traced, draw_lam, draw_partner
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -52,20 +52,6 @@ def test_values_and_gradients_of_every_size_equal_the_naive_expression(kind, n, 
     grad = torch.randn_like(out)
     (mine,), (reference,) = (torch.autograd.grad(o, h, grad) for o in (out, expected))
     torch.testing.assert_close(mine, reference, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("per_example", [False, True])
-@pytest.mark.parametrize("width", [3, _ROW_LOOP_FROM])
-def test_both_ways_through_a_tensor_agree(kind, per_example, width):
-    partner = partner_of(kind, 6, 1)
-    h = torch.randn(6, width, dtype=torch.float64, requires_grad=True)
-    lam = torch.rand(partner.rows_out, dtype=torch.float64) if per_example else 0.3
-    out = interpolate(h, partner, lam)
-    torch.testing.assert_close(out, naive(h, partner, lam), rtol=1e-12, atol=1e-12)
-    grad = torch.randn_like(out)
-    expected = torch.autograd.grad(naive(h, partner, lam), h, grad)
-    torch.testing.assert_close(torch.autograd.grad(out, h, grad), expected, rtol=1e-12, atol=1e-12)
 
 
 # Forward-mode differentiation makes torch script some of its own decompositions.
@@ -132,12 +118,11 @@ def test_another_dimension_can_hold_the_batch():
 
 
 def test_the_operand_is_never_written_to():
-    for width in (3, _ROW_LOOP_FROM):
-        for kind in KINDS:
-            h = torch.randn(4, width)
-            before = h.clone()
-            interpolate(h, partner_of(kind, 4, 0), 0.3)
-            assert torch.equal(h, before)
+    for kind in KINDS:
+        h = torch.randn(4, 3)
+        before = h.clone()
+        interpolate(h, partner_of(kind, 4, 0), 0.3)
+        assert torch.equal(h, before)
 
 
 @pytest.mark.parametrize("per_example", [False, True])

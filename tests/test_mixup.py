@@ -198,6 +198,14 @@ def test_sizes_that_disagree_are_refused():
         fold(*batch(7))
 
 
+def test_a_hidden_state_of_another_batch_size_is_refused():
+    model = Net(lambda m, x: m.head(m.body(x[:5] if m.training else x)), body=nn.Linear(6, 6), head=nn.Linear(6, 3))
+    mixup = ManifoldMixup(model, layers=["body"], seed=0)
+    x, _ = mixup(*batch())
+    with pytest.raises(errors.BatchMismatch, match=r"after 'body' has shape \(5, 6\), but .* has 8 rows"):
+        model(x)
+
+
 def test_a_second_call_of_a_module_is_mixed_at_that_call_only():
     model = Net(lambda m, x: m.head(m.body(m.body(x))), body=nn.Linear(6, 6), head=nn.Linear(6, 3)).double()
     for layer in ("body", "body#2"):
@@ -731,7 +739,7 @@ def test_an_unmixed_forward_is_recomputed_unmixed():
     """The gradient of an evaluation (an attack on the input, say) through a checkpointed network."""
     found = []
     for model in checkpointed_pair(False):
-        mixup = ManifoldMixup(model, layers=SITES[1:], seed=0)
+        mixup = ManifoldMixup(model, layers=["blocks.1.0", "blocks.2.1"], seed=0)
         torch.manual_seed(0)
         x, y = torch.randn(8, 6).double(), torch.randint(3, (8,))
         mixup(x, y)
@@ -745,6 +753,20 @@ def test_an_unmixed_forward_is_recomputed_unmixed():
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
 
 
+def test_a_whole_model_recomputed_in_evaluation_stays_unmixed():
+    model = Checkpointed(None).double()
+    mixup = ManifoldMixup(model, layers=SITES, seed=0)
+    x, y = torch.randn(8, 6).double(), torch.randint(3, (8,))
+    model(mixup(x, y)[0])
+    model.eval()
+    slopes = []
+    for run in (inert(model), lambda t: checkpoint(model, t, use_reentrant=True)):
+        attacked = x.clone().requires_grad_()
+        F.cross_entropy(run(attacked), y).backward()
+        slopes.append(attacked.grad)
+    torch.testing.assert_close(*slopes)
+
+
 def test_a_whole_model_recomputed_after_other_draws_is_refused_only_where_it_cannot_be_told():
     plain, model = Checkpointed(None).double(), Checkpointed(None).double()
     model.load_state_dict(plain.state_dict())
@@ -753,8 +775,9 @@ def test_a_whole_model_recomputed_after_other_draws_is_refused_only_where_it_can
     for net, run in ((plain, plain), (model, lambda t: checkpoint(model, t, use_reentrant=True))):
         mixup = ManifoldMixup(net, layers=SITES, seed=0)
         for _ in range(6):
-            inputs, target = mixup(x.clone().requires_grad_(), y)
-            F.cross_entropy(run(inputs), target).backward()
+            for way in (net, run):  # what the plain forward noted must not be taken for the recomputed one's draw
+                inputs, target = mixup(x.clone().requires_grad_(), y)
+                F.cross_entropy(way(inputs), target).backward()
         found.append(grads(net))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)

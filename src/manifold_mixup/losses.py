@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from inspect import isfunction, signature
 from typing import Any
 
@@ -20,12 +19,11 @@ LOSSES = frozenset(
 )
 
 
-def is_reduced(loss: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether this call of a loss returns one number and not one for every example."""
-    given = signature(loss).bind(*args, **kwargs).arguments
-    if given.get("size_average") is not None or given.get("reduce") is not None:  # deprecated, but they win
-        return given.get("reduce") is not False
-    return bool(given.get("reduction", "mean") != "none")
+def is_reduced(options: dict[str, Any]) -> bool:
+    """Whether a loss with these keyword arguments returns one number and not one for every example."""
+    if options.get("size_average") is not None or options.get("reduce") is not None:  # deprecated, but they win
+        return options.get("reduce") is not False
+    return bool(options.get("reduction", "mean") != "none")
 
 
 def weight_of_l1_loss() -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from manifold_mixup.errors import BatchMismatch, MixedTargetMisuse
 from manifold_mixup.losses import LOSSES, is_reduced, weight_of_l1_loss
 from manifold_mixup.structure import map_tensors, tensors
-from manifold_mixup.target_checks import Lam, check_pair, checked_lam, is_index, rows_of_lam, summary
+from manifold_mixup.target_checks import Lam, check_pair, checked_lam, index_of_rows, is_index, rows_of_lam, summary
 
 __all__ = ["MixedTarget"]
 
@@ -49,9 +50,7 @@ def _on_shape(name: str) -> Callable[..., MixedTarget]:
         new, lam = getattr(y, name)(*args, **kwargs), self.lam
         if isinstance(lam, Tensor) and new.shape[:1] != lam.shape:
             if not new.dim() or not len(lam) or len(new) % len(lam):
-                raise MixedTargetMisuse(
-                    f"{name}() from {tuple(y.shape)} to {tuple(new.shape)} puts examples of different λ into one row."
-                )
+                raise MixedTargetMisuse(f"{name}() to {tuple(new.shape)} puts examples of different λ into one row.")
             lam = lam.repeat_interleave(len(new) // len(lam))
         return self._like(new, getattr(partner, name)(*args, **kwargs), lam)
 
@@ -227,10 +226,10 @@ class MixedTarget:
         """An entry of a structure (``target["boxes"]``, ``target[0]``), or rows (slice, mask, indices, tuple index)."""
         if not isinstance(self.y, Tensor) and not isinstance(index, _ROWS):
             return self._entry(self.y[index], self.y_partner[index])
-        first = index[0] if isinstance(index, tuple) and index else index
-        y, partner = (map_tensors(lambda t: t[index], half) for half in (self.y, self.y_partner))
-        if isinstance(first, int) or (isinstance(first, Tensor) and not first.dim()) or not next(tensors(y)).dim():
+        rows = index_of_rows(index, next(tensors(self.y)).dim())
+        if isinstance(rows, Integral) or (isinstance(rows, Tensor) and not rows.dim()):
             raise MixedTargetMisuse(f"[{index}] takes one example out of the batch; use a slice, target[i:i + 1].")
+        y, partner = (map_tensors(lambda t: t[index], half) for half in (self.y, self.y_partner))
         return self._like(y, partner, rows_of_lam(self.lam, next(tensors(self.y)), index))
 
     @property
@@ -298,7 +297,7 @@ class MixedTarget:
     # ---------------------------------------------------------------- what Python and PyTorch ask for
 
     def __getattr__(self, name: str) -> Any:
-        # Called for names found nowhere else. Protocols (copy, pickle, inspect) expect a plain error.
+        # For names found nowhere else. Protocols (copy, pickle, inspect) expect a plain error.
         if name.startswith("__") and name.endswith("__"):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         y = self.__dict__.get("y")
@@ -376,7 +375,7 @@ def _mixed_loss(loss: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
         target._tensors(f"{loss.__name__}()")
     if not all(_same_draw(first, other) for other in others):
         raise MixedTargetMisuse(f"{loss.__name__}() was given mixed targets of different draws.")
-    if isinstance(first.lam, Tensor) and is_reduced(loss, args, kwargs):
+    if isinstance(first.lam, Tensor) and is_reduced(kwargs):
         raise MixedTargetMisuse(
             f"This target has one λ per example, which cannot weigh what {loss.__name__}() has reduced already. "
             'Use reduction="none", and average afterwards.'

@@ -12,7 +12,7 @@ from torch import Tensor
 from manifold_mixup.errors import BatchMismatch, MixedTargetMisuse
 from manifold_mixup.structure import map_tensors, tensors
 
-__all__ = ["Lam", "check_pair", "checked_lam", "is_index", "rows_of_lam", "summary"]
+__all__ = ["Lam", "check_pair", "checked_lam", "index_of_rows", "is_index", "rows_of_lam", "summary"]
 
 Lam = float | Tensor
 
@@ -82,19 +82,28 @@ def is_index(y: Tensor) -> bool:
     return not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
 
 
+def index_of_rows(index: Any, dim: int) -> Any:
+    """The part of an index into a tensor of ``dim`` dimensions that chooses among its rows; ``...`` where none does."""
+    first, *rest = index if isinstance(index, tuple) and index else (index,)
+    if first is ... and sum(part is not None for part in rest) >= dim:  # it stands for no dimension at all
+        first = rest[0]
+    return first
+
+
 def rows_of_lam(lam: Lam, y: Tensor, index: Any) -> Lam:
-    """λ of the rows of ``y[index]``: row numbers are indexed like y, and must come out alike along each row."""
+    """λ of the rows of ``y[index]``."""
     if not isinstance(lam, Tensor):
         return lam
+    if all(part is ... or isinstance(part, (slice, int)) for part in (index if isinstance(index, tuple) else (index,))):
+        return lam[index_of_rows(index, y.dim())] if index != () else lam
+    # Row numbers are indexed as y is, and have to come out alike along each row.
     rows = torch.arange(len(lam), device=y.device).view(-1, *[1] * (y.dim() - 1)).expand(y.shape)[index]
-    if rows.dim() == 1:
-        return lam[rows.to(lam.device)]
-    whole = rows.flatten(1) if rows.dim() else rows
-    if 0 in whole.shape[1:] and len(rows) == len(lam):
-        return lam
-    if not whole.dim() or not whole.shape[1] or bool((whole != whole[:, :1]).any()):
-        raise MixedTargetMisuse("The index puts examples of different λ into one row.")
-    return lam[whole[:, 0].to(lam.device)]
+    if rows.dim() > 1:
+        whole = rows.flatten(1)
+        if not whole.shape[1] or bool((whole != whole[:, :1]).any()):
+            raise MixedTargetMisuse("The index puts examples of different λ into one row.")
+        rows = whole[:, 0]
+    return lam[rows.to(lam.device)]
 
 
 def summary(value: Any) -> str:

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -65,18 +67,19 @@ def test_mlp_options(options, parts):
     assert [m.out_features for m in model.modules() if isinstance(m, nn.Linear)] == [12] * 4 + [10]
 
 
+def keep(outputs, name, module, args, output):
+    outputs[name] = output
+
+
 def test_the_residual_nets_stages_return_raw_sums():
     model = build_model("preact_resnet8", {"width": 4, "blocks": 2}, (1, 8, 8), 10).eval()
-    shapes, values = {}, {}
+    outputs = {}
     for name in ("stage1", "stage2", "stage3"):
-        hook = lambda module, args, output, name=name: (
-            shapes.update({name: output.shape}),
-            values.update({name: output}),
-        )[2:]  # noqa: E731
-        model.get_submodule(name).register_forward_hook(lambda m, a, o, hook=hook: hook(m, a, o) or None)
+        model.get_submodule(name).register_forward_hook(partial(keep, outputs, name))
     model(torch.randn(2, 1, 8, 8))
+    shapes = {name: tuple(output.shape) for name, output in outputs.items()}
     assert shapes == {"stage1": (2, 4, 8, 8), "stage2": (2, 8, 4, 4), "stage3": (2, 16, 2, 2)}
-    assert all((value < 0).any() for value in values.values())
+    assert all((output < 0).any() for output in outputs.values())  # no ReLU after the sum
     assert sum(isinstance(m, nn.Conv2d) for m in model.stage1.modules()) == 4
 
 

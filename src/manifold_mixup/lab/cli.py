@@ -91,7 +91,7 @@ def demo(
     keep = ("none", "input_mixup", "manifold_mixup")
     configs = [load_recipe(name, Overrides(seeds=seeds, keep=keep)) for name in ("spiral", "digits")]
     outcome = _carry_out(configs, runs, jobs, quiet, checkpoint_every)
-    _print_comparison(outcome, runs / "demo.html", "Manifold Mixup: the demo", as_json)
+    _print_comparison(outcome, configs, runs / "demo.html", "Manifold Mixup: the demo", as_json)
 
 
 @app.command()
@@ -121,7 +121,7 @@ def compare(
     overrides = Overrides(data, model, method or (), seeds, steps, settings or ())
     config = load_recipe(recipe, overrides)
     outcome = _carry_out([config], runs, jobs, quiet, checkpoint_every)
-    _print_comparison(outcome, runs / config.name / "report.html", config.description or config.name, as_json)
+    _print_comparison(outcome, [config], runs / config.name / "report.html", f"Manifold Mixup: {config.name}", as_json)
 
 
 @app.command()
@@ -218,19 +218,22 @@ def _carry_out(
         return run_experiments(configs, Settings(runs, jobs, command, checkpoint_every), bars)
 
 
-def _print_comparison(outcome: Outcome, page: Path, title: str, as_json: bool) -> None:
+def _print_comparison(
+    outcome: Outcome, configs: Sequence[ExperimentConfig], page: Path, title: str, as_json: bool
+) -> None:
     from manifold_mixup.lab import display
     from manifold_mixup.lab.report import write_report
 
     if outcome.records:
-        written = write_report(outcome.records, page, title)
+        description = " ".join(f"{config.description}." for config in configs if config.description)
+        written = write_report(outcome.records, page, title, outcome.failures, description)
         if as_json:
             for record in outcome.records:
                 _print_json(record.summary())
         else:
             out = display.console()
-            for name in dict.fromkeys(record.experiment for record in outcome.records):
-                for table in display.comparison([r for r in outcome.records if r.experiment == name]):
+            for config in configs:
+                for table in display.comparison([r for r in outcome.records if r.experiment == config.name]):
                     out.print(table)
             typer.echo(f"page: {written}")
     _raise_failures(outcome)

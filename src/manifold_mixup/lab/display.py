@@ -99,6 +99,8 @@ def comparison(records: Sequence[Record]) -> Iterable[Table]:
     by_label: dict[str, dict[int, Mapping[str, float | None]]] = {}
     for record in records:
         by_label.setdefault(record.label, {})[record.seed] = record.metrics
+    if not records:
+        return
     first = records[0]
     own = [name for name in OWN if any(name in record.metrics for record in records)]
     for names, title in (

@@ -78,7 +78,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of the runs, both lists in the order of the plan."""
+    """What became of the runs, both lists by method and then by seed, as the experiment lists them."""
 
     records: list[Record] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
@@ -117,6 +117,8 @@ def run_experiments(configs: Sequence[ExperimentConfig], settings: Settings, wat
         for folder, result in finished:
             results[folder.path] = result
             watcher.ended(folder.run, result)
+    listed = [(config.name, method.label) for config in configs for method in config.methods]
+    folders.sort(key=lambda folder: listed.index((folder.run.experiment, folder.run.label)))  # seeds keep their order
     ordered = [results[folder.path] for folder in folders]
     return Outcome([r for r in ordered if isinstance(r, Record)], [r for r in ordered if isinstance(r, Failure)])
 

@@ -189,12 +189,10 @@ def parse_seeds(text: str) -> list[int]:
     seeds: list[int] = []
     for item in cleaned.rstrip(",").split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", item)
-        if match is None:
-            raise UsageError(f"--seeds {text!r} should read 5 (seeds 0 to 4), 3,4 or 100-104")
-        first, last = int(match[1]), int(match[2] or match[1])
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
+        if cleaned == "0" or last < first:
+            raise UsageError(f"--seeds {text!r} should read 5 (seeds 0 to 4), 3,4 or 100-104 (these), or 7, (this one)")
         seeds += range(first, last + 1)
-    if not seeds:
-        raise UsageError(f"--seeds {text!r} names no seed")
     return seeds
 
 

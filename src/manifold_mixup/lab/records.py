@@ -181,7 +181,7 @@ class RunFolder:
 
     def fail(self, failure: Failure) -> None:
         """Note down a failure, as far as the disk still allows it; the next attempt starts from the last checkpoint."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(StorageError):
             storage.make_folder(self.path)
             storage.write_json(self._failure, vars(failure))
 

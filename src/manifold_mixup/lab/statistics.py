@@ -49,8 +49,8 @@ class Difference:
 def summary(values: Iterable[float]) -> Summary:
     """Mean and standard deviation of one number per run.
 
-    A value that is not finite belongs to a run that diverged. It is never dropped: the mean becomes NaN or infinite, and the standard
-    deviation NaN.
+    A value that is not finite belongs to a run that diverged. It is never dropped: the mean becomes NaN or infinite,
+    and the standard deviation NaN.
 
     Args:
         values: At least one number.
@@ -78,8 +78,9 @@ def paired_difference(a_by_seed: Mapping[int, float], b_by_seed: Mapping[int, fl
 
     * below two common seeds;
     * where a difference is not finite, because one of the runs diverged: it is never dropped, the mean shows it;
-    * where all differences are equal, to rounding. The formula would give an interval of width zero, that is, certainty, but equal
-      differences mostly come from measures with few possible values, such as an error on few images.
+    * where all differences are equal, to rounding. The formula would give an interval of width zero, that is,
+      certainty, but equal differences mostly come from measures with few possible values, such as an error on few
+      images.
 
     The interval is for one comparison; it is not widened for making several at once.
 

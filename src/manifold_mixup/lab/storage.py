@@ -166,11 +166,17 @@ def save_state(folder: Path, state: Mapping[str, Any], step: int) -> None:
     tree = pack(state, tensors)
     name = f"tensors-{step}.safetensors"
     digest = write_tensors(folder / name, tensors)
-    write_json(folder / "state.json", {"step": step, "tensors": name, "sha256": digest, "state": tree})
+    content = {"step": step, "tensors": name, "sha256": digest, "state": tree}
+    write_json(folder / "state.json", {**content, "checksum": _checksum(content)})
     for old in folder.glob("tensors-*.safetensors"):
         if old.name != name:
             with contextlib.suppress(OSError):
                 old.unlink()
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    """The sha256 of JSON values, whatever their layout in a file."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def load_state(folder: Path) -> dict[str, Any] | None:
@@ -182,21 +188,20 @@ def load_state(folder: Path) -> dict[str, Any] | None:
     path = folder / "state.json"
     if not path.exists():
         return None
+    hint = f"delete {folder} to start this run from the beginning"
     try:
         saved = read_json(path)
+        if saved.pop("checksum") != _checksum(saved):
+            raise CorruptedFile(f"{path} is corrupted (its checksum does not match)")
         tensors = read_tensors(folder / saved["tensors"], saved["sha256"])
         state: dict[str, Any] = unpack(saved["state"], tensors)
     except CorruptedFile as error:
-        raise CorruptedFile(f"{error}; delete {folder} to start this run from the beginning") from error
-    except (FileNotFoundError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptedFile(
-            f"the checkpoint {path} is corrupted or incomplete; delete {folder} to start this run from the beginning"
-        ) from error
+        raise CorruptedFile(f"{error}; {hint}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CorruptedFile(f"the checkpoint {path} is corrupted; {hint}") from error
     except StorageError as error:
         if isinstance(error.__cause__, FileNotFoundError):
-            raise CorruptedFile(
-                f"the checkpoint {path} is incomplete; delete {folder} to start this run from the beginning"
-            ) from error
+            raise CorruptedFile(f"the checkpoint {path} is incomplete; {hint}") from error
         raise
     return state
 

@@ -40,7 +40,10 @@ _OWN = {
         "within / between", "", 3, "scatter within the classes over scatter between them, at the bottleneck"
     ),
     "margin": Metric(
-        "margin", "", 3, "smallest distance from a training point to the decision boundary, in input units; 0 if one is misclassified"
+        "margin",
+        "",
+        3,
+        "smallest distance from a training point to the decision boundary, in input units; 0 if one is misclassified",
     ),
 }
 

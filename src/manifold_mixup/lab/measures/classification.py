@@ -25,13 +25,14 @@ def evaluate(
     ``{prefix}_nll``
         Mean cross-entropy of the softmax, in nats.
     ``{prefix}_ece``
-        Expected calibration error in percent: the mean distance between confidence and accuracy over 15 bins of equal width of the
-        top probability, weighted by their counts (Guo et al. 2017, "On Calibration of Modern Neural Networks", equation 3; computed
-        by torchmetrics' ``multiclass_calibration_error`` with ``norm="l1"``, for two classes as for more).
+        Expected calibration error in percent: the mean distance between confidence and accuracy over 15 bins of equal
+        width of the top probability, weighted by their counts (Guo et al. 2017, "On Calibration of Modern Neural
+        Networks", equation 3; computed by torchmetrics' ``multiclass_calibration_error`` with ``norm="l1"``, for two
+        classes as for more).
 
-    A network that diverged is a result, not a crash: an example whose softmax is not a number (a NaN or plus infinity among its
-    logits) counts as wrong, and one such example makes NLL and ECE NaN. Minus infinity is a class that is ruled out; the NLL is
-    infinite if it was the true one.
+    A network that diverged is a result, not a crash: an example whose softmax is not a number (a NaN or plus infinity
+    among its logits) counts as wrong, and one such example makes NLL and ECE NaN. Minus infinity is a class that is
+    ruled out; the NLL is infinite if it was the true one.
 
     Args:
         model: Maps inputs to logits of shape ``(rows, classes)``, at least two classes.
@@ -44,13 +45,12 @@ def evaluate(
         The three measures.
 
     Raises:
-        ValueError: There are no examples, ``x`` and ``y`` do not fit, a label is no class of the network, or the network's outputs
-            are no logits.
+        ValueError: There are no examples, ``x`` and ``y`` do not fit, a label is no class of the network, or the
+            network's outputs are no logits.
     """
     if y.ndim != 1 or len(x) != len(y) or y.is_floating_point():
-        raise ValueError(
-            f"y has to hold one class index per row of x: shape ({len(x)},) of whole numbers, not {tuple(y.shape)} of {y.dtype}"
-        )
+        found = f"{tuple(y.shape)} of {y.dtype}"
+        raise ValueError(f"y has to hold one class index per row of x, shape ({len(x)},) of whole numbers, not {found}")
     logits = predicted_logits(model, x, batch_size)
     y = y.long().cpu()
     classes = logits.shape[1]
@@ -73,15 +73,11 @@ def _calibration_error(logits: Tensor, y: Tensor) -> float:
         from torchmetrics.functional.classification import multiclass_calibration_error
     except ModuleNotFoundError as error:
         raise MissingExtra("torchmetrics", "lab") from error
-    except (
-        Exception
-    ) as error:  # torchmetrics imports torchvision where it finds one, and a mismatched one raises anything
+    except Exception as error:  # torchmetrics imports torchvision if there is one, and a mismatched one raises anything
         raise LabError(
-            f"torchmetrics cannot be imported ({error}); if torchvision is named, reinstall torch and torchvision from one index, "
-            "or uninstall torchvision: the lab does without it"
+            f"torchmetrics cannot be imported ({error}); if torchvision is named, reinstall torch and torchvision from "
+            "one index, or uninstall torchvision: the lab does without it"
         ) from error
     # Handing over probabilities matters: torchmetrics takes logits that all lie in [0, 1] for probabilities.
-    error = multiclass_calibration_error(
-        probabilities.clamp(0, 1), y, num_classes=logits.shape[1], n_bins=BINS, norm="l1"
-    )
-    return float(error)
+    probabilities = probabilities.clamp(0, 1)
+    return float(multiclass_calibration_error(probabilities, y, num_classes=logits.shape[1], n_bins=BINS, norm="l1"))

@@ -33,7 +33,8 @@ def predicted_logits(model: nn.Module, x: Tensor, batch_size: int = 1000) -> Ten
     Args:
         model: Maps inputs to logits of shape ``(rows, classes)``, at least two classes.
         x: Inputs, one example per row; at least one.
-        batch_size: Rows per forward pass, at least 1. The result does not depend on it in evaluation mode, up to rounding.
+        batch_size: Rows per forward pass, at least 1. The result does not depend on it in evaluation mode, up to
+            rounding.
 
     Returns:
         Logits of shape ``(len(x), classes)``, float64, on the CPU.
@@ -49,7 +50,8 @@ def predicted_logits(model: nn.Module, x: Tensor, batch_size: int = 1000) -> Ten
     device = x.device if parameter is None else parameter.device
     outputs = []
     with evaluation_mode(model):
-        for rows in x.split(batch_size):
+        for start in range(0, len(x), batch_size):
+            rows = x[start : start + batch_size]
             output = model(rows.to(device))
             if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(rows) or output.shape[1] < 2:
                 found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
@@ -62,8 +64,8 @@ def predicted_labels(logits: Tensor) -> Tensor:
     """The most probable class of each row of ``logits``; -1, which is never right, where the softmax is not a number.
 
     Args:
-        logits: Shape ``(rows, classes)``. Minus infinity is a class that is ruled out; NaN and plus infinity leave the whole
-            row without probabilities.
+        logits: Shape ``(rows, classes)``. Minus infinity is a class that is ruled out; NaN and plus infinity leave the
+            whole row without probabilities.
     """
     undefined = logits.softmax(dim=1).isnan().any(dim=1)
     return logits.argmax(dim=1).masked_fill(undefined, -1)

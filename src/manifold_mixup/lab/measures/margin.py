@@ -20,15 +20,18 @@ GOLDEN = 0.6180339887498949
 
 
 def decision_margin(classify: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> float:
-    """The smallest distance from a training point to a point of the plane that is given another class than the training point's.
+    """The smallest distance from a training point to where another class than that point's is predicted.
 
-    A point of another class at distance R bounds the search, so it starts there: all training points are scanned to R along 64
-    rays and 12 rings, every change of label is located by bisection, the nearest ones are followed along the boundary, and the scan
-    is repeated within the distance that was found, each time with turned rays, until two scans in a row find nothing nearer.
+    A point of another class at distance R bounds the search, so it starts there: all training points are scanned to R
+    along 64 rays and 12 rings, every change of label is located by bisection, the nearest ones are followed along the
+    boundary, and the scan is repeated within the distance that was found, each time with turned rays, until two scans
+    in a row find nothing nearer.
 
-    Accuracy: the distance to a piece of the boundary that the scan hits is right to 1e-4 or 0.01 %, whichever is more. Scans become
-    finer as the distance shrinks, and a region of another class is certain to be hit if a disc of 0.15 margins across fits
-    into it; a thinner tongue can be missed, and the result is then too large. It is never too small, but for rounding.
+    Accuracy: the distance to a piece of the boundary that the scan hits is right to 1e-4 or 0.01 %, whichever is more.
+        Scans become
+    finer as the distance shrinks, and a nearer region of another class is certain to be hit if a disc fits into it that
+    is 0.15 times the returned distance across; a smaller one can be missed, and the result is then too large. It is
+    never too small, but for rounding.
 
     Args:
         classify: Maps points ``(m, 2)`` (dtype of ``x``, on the CPU) to labels ``(m,)``.
@@ -75,11 +78,10 @@ class _Rays:
         self.y = y
 
     def differs(self, origin: Tensor, angle: Tensor, radius: Tensor) -> Tensor:
-        """Whether the points at these polar coordinates around training points have another class; all of one shape."""
-        origin, angle, radius = torch.broadcast_tensors(origin, angle, radius)
+        """Whether the points at these polar coordinates around training points have another class; broadcasts."""
         step = torch.stack([angle.cos(), angle.sin()], dim=-1) * radius[..., None]
         points = (self.x[origin].double() + step).to(self.x.dtype)
-        return self.classify(points.reshape(-1, 2)).reshape(origin.shape) != self.y[origin]
+        return self.classify(points.reshape(-1, 2)).reshape(points.shape[:-1]) != self.y[origin]
 
     def crossing(self, origin: Tensor, angle: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """Bisect between ``low``, where the label is the point's own, and ``high``, where it is another one."""
@@ -105,7 +107,7 @@ class _Rays:
         return self.polish(origin[nearest], angles[ray[nearest]], high[nearest])
 
     def polish(self, origin: Tensor, angle: Tensor, distance: Tensor) -> float:
-        """Turn each ray, by ever smaller angles, to where it meets the boundary soonest; return the smallest distance."""
+        """Turn each ray, by ever smaller angles, to where it meets the boundary soonest; return the least distance."""
         width = 2 * math.pi / DIRECTIONS
         fan = torch.linspace(-1, 1, 17, dtype=torch.float64)
         rows = torch.arange(len(origin))

@@ -34,12 +34,15 @@ def spiral_measures(
     ``train_accuracy``, ``test_accuracy``
         Percent of right predictions; the test points are fresh points of the spiral.
     ``low_confidence_share``
-        Percent of the square [-15, 15]² where the larger of the two probabilities is below 0.9, on the centres of 400 x 400 cells.
+        Percent of the square [-15, 15]² where the larger of the two probabilities is below 0.9, on the centres of 400 x
+        400 cells.
     ``within_between_ratio``
-        Within-class over between-class scatter of the bottleneck's outputs for the training points: :func:`within_between_ratio`.
+        Within-class over between-class scatter of the bottleneck's outputs for the training points:
+        :func:`within_between_ratio`.
     ``margin``
-        Smallest distance, in input units, from a training point to where the network predicts another class than that point's, and 0
-        if a training point is misclassified: :func:`~manifold_mixup.lab.measures.margin.decision_margin`.
+        Smallest distance, in input units, from a training point to where the network predicts another class than that
+        point's, and 0 if a training point is misclassified:
+        :func:`~manifold_mixup.lab.measures.margin.decision_margin`.
 
     The pictures are arrays for a safetensors file:
 
@@ -56,8 +59,8 @@ def spiral_measures(
     A prediction that is not a number (a network that diverged) counts as wrong; shares and ratios it enters are NaN.
 
     Args:
-        model: Maps points ``(n, 2)`` to two logits each; its submodule ``bottleneck`` runs once per forward pass and returns the hidden
-            state ``(n, 2)``. It may be wrapped, as long as one module's name ends in ``bottleneck``.
+        model: Maps points ``(n, 2)`` to two logits each; its submodule ``bottleneck`` runs once per forward pass and
+            returns the hidden state ``(n, 2)``. It may be wrapped, as long as one module's name ends in ``bottleneck``.
         train_x: Training points, shape ``(n, 2)``.
         train_y: Their classes, 0 or 1, shape ``(n,)``; both classes occur.
         test_x: Test points, shape ``(m, 2)``.
@@ -71,7 +74,7 @@ def spiral_measures(
         ValueError: The shapes do not fit, a class is missing, or the network has no such bottleneck.
     """
     train_x, train_y, test_x, test_y = (t.detach().cpu() for t in (train_x, train_y, test_x, test_y))
-    if sorted(train_y.unique().tolist()) != [0, 1] or train_x.ndim != 2 or train_x.shape[1] != 2:
+    if sorted(set(train_y.tolist())) != [0, 1] or train_x.ndim != 2 or train_x.shape[1] != 2:
         raise ValueError("the spiral's measures need training points in the plane, of the two classes 0 and 1")
     logits, train_hidden = _with_hidden(model, train_x)
     uniform = (2 * torch.rand(UNIFORM, 2, generator=streams.generator(seed, "measures/uniform")) - 1) * HALF_WIDTH
@@ -104,10 +107,10 @@ def spiral_measures(
 def within_between_ratio(hidden: Tensor, labels: Tensor) -> float:
     """How spread out the classes are, compared with the distance between them.
 
-    The trace of the within-class scatter Σ_c Σ_{i in c} |h_i - m_c|², over the trace of the between-class scatter Σ_c n_c |m_c - m|²,
-    where m_c is the mean of class c, n_c its size and m the mean of all: the inverse of a classical criterion of class separability
-    (Fukunaga 1990, "Introduction to Statistical Pattern Recognition", section 10.2). It does not change when the hidden
-    states are shifted, turned or scaled, so it can be compared across networks.
+    The trace of the within-class scatter Σ_c Σ_{i in c} |h_i - m_c|², over the trace of the between-class scatter Σ_c
+    n_c |m_c - m|², where m_c is the mean of class c, n_c its size and m the mean of all: the inverse of a classical
+    criterion of class separability (Fukunaga 1990, "Introduction to Statistical Pattern Recognition", section 10.2). It
+    does not change when the hidden states are shifted, turned or scaled, so it can be compared across networks.
 
     Args:
         hidden: Hidden states, shape ``(n, features)``.
@@ -119,11 +122,10 @@ def within_between_ratio(hidden: Tensor, labels: Tensor) -> float:
     Raises:
         ValueError: There are fewer than two classes, or the shapes do not fit.
     """
-    classes = labels.unique()
+    classes = sorted(set(labels.tolist()))
     if hidden.ndim != 2 or labels.shape != hidden.shape[:1] or len(classes) < 2:
-        raise ValueError(
-            f"hidden states (n, features) of at least two classes are needed, not {tuple(hidden.shape)} of {len(classes)}"
-        )
+        found = f"{tuple(hidden.shape)} of {len(classes)}"
+        raise ValueError(f"hidden states (n, features) of at least two classes are needed, not {found}")
     hidden = hidden.double()
     if not hidden.isfinite().all():
         return math.nan

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from manifold_mixup.lab.errors import UsageError
 from manifold_mixup.lab.measures.catalog import MAIN, OWN
 
-__all__ = ["Experiment", "FailedRun", "Method", "RunRecord", "collect"]
+__all__ = ["Experiment", "FailedRun", "Method", "RunRecord", "collect", "settings_of"]
 
 
 class RunRecord(Protocol):
@@ -152,14 +152,17 @@ class Experiment:
         """The names of the measures that the page is about, and those of all others, each in a fixed order."""
         found = dict.fromkeys(name for run in self.runs for name in (run.best if best else run.metrics))
         main = [name for name in (*OWN, *MAIN) if name in found]
+        if "test_accuracy" in main and "test_error" in main:
+            main.remove("test_error")  # the same number seen from the other side
         return main, sorted(name for name in found if name not in main)
 
 
 def collect(records: Sequence[RunRecord], failures: Sequence[FailedRun] = ()) -> list[Experiment]:
     """Sort records into experiments.
 
-    Runs of one label with different options are different methods: they are told apart by their options, never averaged. Of two records
-    of one method and seed the later one counts, and the number of superseded ones is kept.
+    Runs of one label with different options, or trained with different settings, are different methods: they are told
+    apart in their labels, never averaged. Of two records of one method and seed the later one counts, and the number of
+    superseded ones is kept.
 
     Args:
         records: Finished runs, the method to compare with first.
@@ -178,7 +181,7 @@ def collect(records: Sequence[RunRecord], failures: Sequence[FailedRun] = ()) ->
     for record in records:
         where = (record.experiment, record.data, record.model)
         experiment = experiments.setdefault(where, Experiment(*where))
-        options = json.dumps(dict(record.options), sort_keys=True, default=str, ensure_ascii=False)
+        options = json.dumps([dict(record.options), settings_of(record)], sort_keys=True, default=str)
         key = (*where, record.label, record.method, options)
         if key not in methods:
             methods[key] = Method(record.label)
@@ -191,12 +194,27 @@ def collect(records: Sequence[RunRecord], failures: Sequence[FailedRun] = ()) ->
     return list(experiments.values())
 
 
+def settings_of(record: RunRecord) -> dict[str, Any]:
+    """How the run was trained, as ``name: value``; empty if its record does not say."""
+    train = getattr(record, "train", None) or {}
+    flat = {}
+    for part in ("settings", "model_options"):
+        for name, value in dict(train.get(part) or {}).items():
+            flat[name if part == "settings" else f"network {name}"] = value
+    return flat
+
+
 def _tell_apart(methods: Sequence[Method]) -> None:
     labels = [method.label for method in methods]
     for method in methods:
         if labels.count(method.label) > 1:
             options = ", ".join(f"{name}={value}" for name, value in method.record.options.items())
             method.label = f"{method.label} ({method.record.method}{': ' + options if options else ''})"
+    seen: dict[str, int] = {}
+    for method in methods:
+        seen[method.label] = seen.get(method.label, 0) + 1
+        if seen[method.label] > 1:
+            method.label = f"{method.label}, other settings {seen[method.label] - 1}"
 
 
 def _number(value: float | None) -> float:

@@ -1,0 +1,543 @@
+"""The page and the still figure: what they say, what they show as text, and what they refuse."""
+
+import base64
+import json
+import math
+import re
+import struct
+import xml.etree.ElementTree as ET
+import zlib
+from dataclasses import dataclass, field, replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+import pytest
+from plotly.offline import get_plotlyjs
+from safetensors.numpy import save_file
+
+from manifold_mixup.lab.errors import CorruptedFile, StorageError, UsageError
+from manifold_mixup.lab.records import Failure, Record
+from manifold_mixup.lab.report import write_figure, write_report
+from manifold_mixup.lab.report.collect import collect
+from manifold_mixup.lab.report.figures import hidden_figure, seeds_figure, surface_figure
+from manifold_mixup.lab.report.findings import listed, number
+from manifold_mixup.lab.report.pictures import SURFACE_COLOURS, read_pictures, surface_png
+from manifold_mixup.lab.statistics import format_mean_sd, paired_difference, summary
+
+EVIL = "<script>alert(1)</script>"
+
+
+@dataclass(frozen=True)
+class Run:
+    label: str = "none"
+    seed: int = 0
+    metrics: dict[str, float | None] = field(default_factory=lambda: {"test_error": 3.0, "test_nll": 0.1})
+    experiment: str = "digits"
+    data: str = "digits"
+    model: str = "mlp"
+    method: str = "none"
+    options: dict[str, Any] = field(default_factory=dict)
+    best: dict[str, float | None] = field(default_factory=dict)
+    seconds: float = 1.5
+    versions: dict[str, str] = field(default_factory=lambda: {"torch": "2.13.0"})
+    hardware: dict[str, Any] = field(default_factory=lambda: {"cpus": 2})
+    command: str = "manifold-mixup compare --recipe digits"
+    folder: Path = Path("runs/digits")
+    train: dict[str, Any] = field(default_factory=dict)
+
+
+def runs(label, values, name="test_error", **keys):
+    """One run for each value, seeds from 0."""
+    return [Run(label=label, seed=seed, metrics={name: value}, **keys) for seed, value in enumerate(values)]
+
+
+class Page(HTMLParser):
+    """A page taken apart as a browser would."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.source, self.text, self.tags, self.scripts, self.cells = source, [], [], [], []
+        self._inside = None
+        self.feed(source)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag in ("script", "style"):
+            self._inside = tag
+            self.scripts.append((dict(attrs).get("type"), "")) if tag == "script" else None
+        if tag in ("td", "th"):
+            self.cells.append("")
+
+    def handle_endtag(self, tag):
+        if tag == self._inside:
+            self._inside = None
+        if tag == "table":
+            self.cells.append("")  # what follows belongs to no cell
+
+    def handle_data(self, data):
+        if self._inside == "script":
+            kind, text = self.scripts[-1]
+            self.scripts[-1] = (kind, text + data)
+        elif self._inside is None:
+            self.text.append(data)
+            if self.cells:
+                self.cells[-1] += f" {data.strip()}"
+
+    @property
+    def words(self):
+        return re.sub(r"\s+", " ", " ".join(self.text))
+
+    @property
+    def figures(self):
+        return [json.loads(text) for kind, text in self.scripts if kind == "application/json"]
+
+
+def page(tmp_path, records, *failures, title="A comparison", **keys):
+    return Page(write_report(records, tmp_path / "page.html", title, failures, **keys).read_text(encoding="utf-8"))
+
+
+def keep_pictures(folder, seed=0, **changes):
+    rng = np.random.default_rng(seed)
+    axis = (np.arange(200) + 0.5) * 0.15 - 15
+    arrays = {
+        "surface": np.broadcast_to(1 / (1 + np.exp(-axis)), (200, 200)).astype(np.float16).copy(),
+        "extent": np.array([-15, 15, -15, 15], np.float32),
+        "train_x": rng.normal(size=(20, 2)).astype(np.float32),
+        "train_y": np.repeat([0, 1], 10).astype(np.int64),
+        "train_hidden": rng.normal(size=(20, 2)).astype(np.float32),
+        "uniform_hidden": rng.normal(size=(2000, 2)).astype(np.float32),
+        "uniform_top": rng.uniform(0.5, 1, size=2000).astype(np.float32),
+        **changes,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(arrays, folder / "pictures.safetensors")
+    return arrays
+
+
+def spiral(tmp_path, labels=("none", "manifold"), seeds=(0,)):
+    found = []
+    for label in labels:
+        for seed in seeds:
+            folder = tmp_path / "runs" / re.sub(r"\W", "", label) / str(seed)
+            keep_pictures(folder, seed)
+            metrics = {"test_accuracy": 90.0 + seed, "margin": 0.25}
+            found.append(Run(label, seed, metrics, experiment="spiral", data="spiral", folder=folder))
+    return found
+
+
+# ---------------------------------------------------------------- what the page is
+
+
+def test_the_page_is_one_small_file_that_loads_nothing(tmp_path):
+    found = page(tmp_path, spiral(tmp_path, labels=[f"m{i}" for i in range(8)]))
+    assert len(found.source.encode()) < 8_000_000
+    assert sum(text.strip() == get_plotlyjs().strip() for _, text in found.scripts) == 1
+    links = [attrs[key] for _, attrs in found.tags for key in ("src", "href") if key in attrs]
+    assert all(link.startswith("#") for link in links)
+    policies = [a["content"] for tag, a in found.tags if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policies == [
+        "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+    ]
+    assert "prefers-color-scheme: dark" in found.source
+    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in found.tags
+
+
+def test_every_table_scrolls_in_its_own_box(tmp_path):
+    found = page(tmp_path, runs("none", [3.0, 4.0]) + runs("dropout", [2.0, 2.5]))
+    order = [(tag, attrs.get("class", "")) for tag, attrs in found.tags if tag in ("div", "table")]
+    tables = [i for i, (tag, _) in enumerate(order) if tag == "table"]
+    assert len(tables) >= 3
+    assert all(order[i - 1] == ("div", "scroll") for i in tables)
+
+
+def test_the_real_record_is_understood(tmp_path):
+    record = Record(
+        experiment="e", data="d", model="m", method="none", label="plain", options={"alpha": 1.0}, seed=3,
+        metrics={"test_error": 2.5, "test_nll": None}, best={"test_error": 2.25},
+        train={"settings": {"steps": 77}, "model_options": {"width": 8}}, config_hash="0" * 16,
+        versions={"torch": "2"}, hardware={"cpus": 2}, seconds=4.0, command="manifold-mixup train", date="2025",
+        folder=tmp_path,
+    )  # fmt: skip
+    found = page(tmp_path, [record])
+    for words in ("plain", "2.50", "2.25", "steps = 77", "network width = 8", "alpha = 1.0", "manifold-mixup train"):
+        assert words in found.words
+
+
+def test_settings_versions_hardware_seeds_and_commands_are_named(tmp_path):
+    one = [
+        replace(run, train={"settings": {"lr": 0.001, "weight_decay": 0.0}})
+        for run in runs("none", [3.0, 4.0], best={"test_error": 1.0})
+    ]
+    two = [
+        replace(run, options={"strength": 0.5}, train={"settings": {"lr": 0.001, "weight_decay": 0.5}}, command="again")
+        for run in runs("decay", [3.0, 4.0], versions={"torch": "2.14.0"})
+    ]
+    found = page(tmp_path, one + two)
+    assert "training, all methods lr = 0.001 runs" in found.words
+    assert "strength = 0.5, weight_decay = 0.5" in found.words
+    for words in ("torch 2.13.0", "torch 2.14.0", "cpus 2", "seeds 0, 1", "4, 6 seconds in all", "again"):
+        assert words in found.words
+    assert "manifold-mixup compare --recipe digits" in found.words
+    assert "Weights with the best validation score" in found.words
+
+
+# ---------------------------------------------------------------- what it says
+
+
+def test_the_table_holds_means_spreads_and_paired_intervals(tmp_path):
+    a, b = [3.1, 2.9, 3.6, 3.0, 3.3], [2.2, 2.1, 2.5, 2.4, 2.0]
+    found = page(tmp_path, runs("none", a) + runs("dropout", b))
+    difference = paired_difference(dict(enumerate(b)), dict(enumerate(a)))
+    cells = [" ".join(cell.split()) for cell in found.cells]
+    assert format_mean_sd(summary(a)) in cells
+    expected = f"{format_mean_sd(summary(b))} {difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
+    assert expected.replace("-", "\N{MINUS SIGN}") in cells
+    assert [attrs.get("class") for tag, attrs in found.tags if tag == "td"].count("significant") == 1
+
+
+@pytest.mark.parametrize(("shift", "word"), [(-1.0, "lower with dropout"), (1.0, "higher with dropout")])
+def test_the_summary_follows_the_numbers(tmp_path, shift, word):
+    a, noise = [3.0, 3.5, 4.0, 3.2], [0.05, -0.05, 0.02, 0.0]
+    b = [x + shift + e for x, e in zip(a, noise, strict=True)]
+    c = [x + e for x, e in zip(a, noise, strict=True)]
+    found = page(tmp_path, runs("none", a) + runs("dropout", b) + runs("nothing", c))
+    mean = f"{summary(b).mean:.2f}"
+    assert f"Test error (none 3.42 %): {word} ({mean} %)" in found.words
+    assert "no significant difference: nothing." in found.words
+    assert "2 comparisons of methods without any difference would show about 0.1 significant ones" in found.words
+
+
+def test_no_difference_anywhere_is_printed_as_such(tmp_path):
+    found = page(tmp_path, runs("none", [3.0, 3.5]) + runs("a", [3.5, 3.0]) + runs("b", [3.2, 3.4]))
+    assert "no significant difference with any other method" in found.words
+    assert "lower with" not in found.words
+    assert "higher with" not in found.words
+
+
+def test_equal_differences_are_no_significant_difference(tmp_path):
+    found = page(tmp_path, runs("none", [3.0, 4.0, 5.0]) + runs("a", [3.0, 4.0, 5.0]) + runs("b", [2.0, 3.0, 4.0]))
+    assert "the same number in every seed: a" in found.words
+    assert "the same difference in every seed, so no interval: b" in found.words
+    assert "the same in all 3 seeds, so no interval" in found.words
+
+
+def test_one_seed_has_no_interval_and_nothing_is_significant(tmp_path):
+    found = page(tmp_path, runs("none", [3.0]) + runs("dropout", [1.0]))
+    assert "one common seed, so no interval" in found.words
+    assert "nothing can be called significant" in found.words
+    assert "±" not in "".join(found.cells)
+    assert "lower with" not in found.words
+
+
+def test_one_method_has_nothing_to_compare_with(tmp_path):
+    assert (
+        "There is one method, none, so there is nothing to compare." in page(tmp_path, runs("none", [3.0, 4.0])).words
+    )
+
+
+def test_failed_and_missing_runs_are_named(tmp_path):
+    records = [*runs("none", [3.0, 3.1, 3.2]), *runs("a", [2.0]), Run("b", 2, {"test_error": 5.0})]
+    failures = [
+        Failure("digits", "a", 1, "ran out of memory"),
+        Failure("digits", "gone", 0, "no such layer"),
+        Failure("another", "c", 7, "all of it failed"),
+    ]
+    words = page(tmp_path, records, *failures).words
+    assert "a (failed at seed 1; no run at seed 2)" in words
+    assert "b (no run at seeds 0 and 1)" in words
+    assert "gone has no finished run: it failed at seed 0." in words
+    assert "Failed: a, seed 1: ran out of memory" in words
+    assert "another: c, seed 7, failed: all of it failed" in words
+
+
+@pytest.mark.parametrize("bad", [None, math.nan, math.inf])
+def test_a_diverged_run_is_shown_and_makes_no_difference_significant(tmp_path, bad):
+    found = page(tmp_path, runs("none", [3.0, 3.1, 3.2]) + runs("a", [1.0, bad, 1.2]))
+    cell = next(cell for cell in found.cells if "left out of the mean" in cell)
+    assert " ".join(cell.split()) == (
+        "1.10 ± 0.14 no finite number at seed 1, left out of the mean no difference: a run has no finite number"
+    )
+    assert "a run without a finite number, so no interval: a" in found.words
+    assert "lower with" not in found.words
+    assert not re.search(r"\b(nan|inf)\b", found.words)
+
+
+def test_a_first_method_that_diverged_still_makes_a_page(tmp_path):
+    found = page(tmp_path, runs("none", [None, 3.0]) + runs("a", [1.0, 1.2]))
+    assert "Test error: a run without a finite number, so no interval: a." in found.words
+
+
+def test_measures_that_some_runs_lack_are_said_so(tmp_path):
+    records = [*runs("none", [3.0, 3.1]), Run("none", 2, {}), *runs("a", [2.0, 2.1])]
+    assert "measured in 2 of 3 runs" in page(tmp_path, records).words
+
+
+def test_runs_with_other_options_or_settings_are_never_averaged(tmp_path):
+    records = [
+        *runs("mixup", [1.0, 2.0], options={"alpha": 1.0}),
+        *runs("mixup", [5.0, 6.0], options={"alpha": 2.0}),
+        *runs("mixup", [7.0, 9.0], options={"alpha": 2.0}, train={"settings": {"steps": 9}}),
+    ]
+    words = page(tmp_path, records).words
+    for expected in (
+        "(none: alpha=1.0)",
+        "(none: alpha=2.0)",
+        "(none: alpha=2.0), other settings 1",
+        "1.50 ±",
+        "5.50 ±",
+    ):
+        assert expected in words
+
+
+def test_a_repeated_run_replaces_the_earlier_one_and_this_is_said(tmp_path):
+    found = page(tmp_path, [*runs("none", [3.0]), *runs("none", [9.0])])
+    assert "9.00" in found.words
+    assert "3.00" not in found.words
+    assert "1 repeated runs of the same method and seed were replaced" in found.words
+
+
+def test_experiments_have_sections_of_their_own(tmp_path):
+    found = page(tmp_path, [*runs("none", [3.0]), *runs("none", [4.0], experiment="spiral", data="spiral")])
+    assert [attrs["id"] for tag, attrs in found.tags if tag == "section"] == ["experiment-1", "experiment-2"]
+    assert [attrs["href"] for tag, attrs in found.tags if tag == "a"] == ["#experiment-1", "#experiment-2"]
+
+
+def test_without_records_there_is_no_page(tmp_path):
+    with pytest.raises(UsageError, match="nothing to report"):
+        write_report([], tmp_path / "page.html", "t")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_labels_with_commas_are_quoted_in_sentences(tmp_path):
+    found = page(tmp_path, runs("none", [3.0, 4.0]) + runs("a, b only", [1.0, 2.01]) + runs("c", [3.0, 4.0]))
+    assert "lower with “a, b only” (1.50 %)" in found.words
+
+
+# ---------------------------------------------------------------- hostile text
+
+
+def test_whatever_a_record_holds_is_shown_as_text(tmp_path):
+    folder = tmp_path / "runs"
+    keep_pictures(folder)
+    evil = [
+        Run(
+            f"{label}{EVIL}", seed, {"test_error": 3.0 + seed + gap, f"m{EVIL}": 1.0}, EVIL, f"d{EVIL}", f"n{EVIL}",
+            f"x{EVIL}", {f"o{EVIL}": f"v{EVIL}"}, {f"b{EVIL}": 2.0}, versions={f"p{EVIL}": f"q{EVIL}"},
+            hardware={f"h{EVIL}": f"w{EVIL}"}, command=f"c{EVIL}", folder=folder,
+            train={"settings": {f"s{EVIL}": f"t{EVIL}"}},
+        )
+        for label, gap in (("one", 0.0), ("two", 0.7)) for seed in (0, 1)
+    ]  # fmt: skip
+    failure = Failure(EVIL, f"f{EVIL}", 1, f"e{EVIL}")
+    found = page(tmp_path, evil, failure, title=f"T{EVIL}", description=f"D{EVIL}")
+    figures = found.figures
+    assert len(found.scripts) == len(figures) + 2  # plotly.js and the page's own
+    assert not any(text.strip() == "alert(1)" for _, text in found.scripts)
+    for letter in ("T", "D", "d", "n", "x", "o", "v", "p", "q", "h", "w", "c", "f", "e", "s", "t", "b", "one", "two"):
+        assert f"{letter}{EVIL}" in found.words, letter
+    # plotly.js reads markup in its labels, so there the brackets are entities.
+    texts = json.dumps(figures)
+    assert "<" not in texts.replace("<extra></extra>", "").replace("<br>", "")
+    assert "one&lt;script&gt;alert" in texts
+
+
+def test_a_label_cannot_leave_its_json_block(tmp_path):
+    label = '</script><img src=x onerror="alert(1)"><!-- & \u2028'
+    found = page(tmp_path, runs(label, [3.0, 4.0]) + runs("b", [3.0, 5.0]))
+    assert not [attrs for tag, attrs in found.tags if tag == "img"]
+    assert len(found.figures) == 1
+    assert label.replace("\u2028", "").strip() in found.words
+
+
+def test_folders_with_markup_in_their_names(tmp_path):
+    folder = tmp_path / "<b>bold<script>"
+    keep_pictures(folder)
+    (folder / "pictures.safetensors").write_bytes(b"nonsense")
+    found = page(tmp_path, [Run(folder=folder)])
+    assert str(folder) in found.words
+    assert "b" not in [tag for tag, _ in found.tags]
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def test_every_method_has_its_two_pictures_and_the_seed_is_named(tmp_path):
+    found = page(tmp_path, spiral(tmp_path, labels=("none", "input", "manifold"), seeds=(4, 5)))
+    names = [attrs["aria-label"] for _, attrs in found.tags if attrs.get("class") == "figure"]
+    assert names[:6] == [
+        f"{kind}: {label}"
+        for label in ("none", "input", "manifold")
+        for kind in ("Decision surface in input space", "Hidden states")
+    ]
+    assert "All of seed 4, last weights." in found.words
+
+
+def test_a_method_without_that_seed_says_so(tmp_path):
+    records = spiral(tmp_path, seeds=(0, 1))
+    found = page(tmp_path, [run for run in records if (run.label, run.seed) != ("manifold", 0)])
+    assert "seed 1; seed 0 is missing" in found.words
+
+
+def test_missing_and_damaged_pictures_are_said_so(tmp_path):
+    records = spiral(tmp_path, labels=("none", "damaged", "other", "absent"))
+    (records[1].folder / "pictures.safetensors").write_bytes(b"nonsense")
+    save_file({"surface": np.zeros((2, 2), np.float32)}, records[2].folder / "pictures.safetensors")
+    (records[3].folder / "pictures.safetensors").unlink()
+    words = page(tmp_path, records).words
+    assert "pictures.safetensors is corrupted" in words
+    assert "pictures.safetensors lacks extent, train_x" in words
+    assert "this run kept no pictures" in words
+
+
+def test_without_pictures_there_is_no_such_section(tmp_path):
+    assert "Pictures" not in page(tmp_path, runs("none", [3.0])).words
+
+
+def unpacked(array):
+    kinds = {"f4": np.float32, "f8": np.float64, "u1": np.uint8}
+    values = np.frombuffer(base64.b64decode(array["bdata"]), kinds[array["dtype"]])
+    return values.reshape([int(side) for side in array.get("shape", str(len(values))).split(",")])
+
+
+def coloured(value):
+    """Style-sheet colours replaced by one that plotly's own validation knows."""
+    if isinstance(value, dict):
+        return {key: coloured(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [coloured(item) for item in value]
+    return "#123456" if isinstance(value, str) and value.startswith("var(") else value
+
+
+def test_figures_are_valid_plotly_and_hold_the_arrays(tmp_path):
+    arrays = keep_pictures(tmp_path)
+    pictures = read_pictures(tmp_path)
+    surface, hidden = surface_figure(pictures), hidden_figure(pictures)
+    experiment = collect(runs("none", [1.0, 2.0]) + runs("dropout", [3.0, 4.0]))[0]
+    for figure in (surface, hidden, seeds_figure(experiment, "test_error")):
+        assert len(go.Figure(coloured(figure)).data) == len(figure["data"])
+    heat = surface["data"][0]
+    assert np.array_equal(unpacked(heat["z"]), np.rint(100 * arrays["surface"].astype(float)))
+    assert (heat["x0"], heat["y0"]) == (pytest.approx(-14.925), pytest.approx(-14.925))
+    assert heat["x0"] + 199 * heat["dx"] == pytest.approx(14.925)
+    drawn = [np.stack([unpacked(t["x"]), unpacked(t["y"])], axis=1) for t in hidden["data"]]
+    assert np.array_equal(drawn[0], arrays["uniform_hidden"])
+    assert np.array_equal(np.concatenate(drawn[1:]), arrays["train_hidden"])
+    assert np.array_equal(unpacked(surface["data"][2]["x"]), arrays["train_x"][arrays["train_y"] == 1, 0])
+
+
+def test_the_seeds_figure_shows_every_finite_run(tmp_path):
+    experiment = collect(runs("none", [1.0, None, 2.0]) + runs("a rather long label of a method", [3.0]))[0]
+    means, dots = seeds_figure(experiment, "test_error")["data"]
+    assert dots["x"] == [1.0, 2.0, 3.0]
+    assert dots["text"] == ["seed 0", "seed 2", "seed 0"]
+    assert means["x"] == [1.5, 3.0]
+    assert means["y"][1] == "a rather long label<br>of a method"
+
+
+def test_the_png_holds_the_surface_from_top_to_bottom():
+    surface = np.array([[0.0, 0.5, 1.0], [1.0, math.nan, 0.25]])
+    png = surface_png(surface)
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    chunks, at = {}, 8
+    while at < len(png):
+        (size,) = struct.unpack(">I", png[at : at + 4])
+        kind, data = png[at + 4 : at + 8], png[at + 8 : at + 8 + size]
+        assert struct.unpack(">I", png[at + 8 + size : at + 12 + size])[0] == zlib.crc32(kind + data)
+        chunks[kind], at = data, at + 12 + size
+    assert struct.unpack(">IIBBBBB", chunks[b"IHDR"]) == (3, 2, 8, 3, 0, 0, 0)
+    rows = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(2, 4)
+    assert rows[:, 0].tolist() == [0, 0]
+    assert rows[:, 1:].tolist() == [[255, 128, 64], [0, 128, 255]]
+    palette = np.frombuffer(chunks[b"PLTE"], np.uint8).reshape(256, 3)
+    assert [tuple(palette[i]) for i in (0, 255)] == [SURFACE_COLOURS[0][1], SURFACE_COLOURS[-1][1]]
+
+
+def test_the_still_figure_is_valid_svg_with_a_column_per_method(tmp_path):
+    path = write_figure(spiral(tmp_path, labels=("none", EVIL, "manifold")), tmp_path / "figure.svg")
+    root = ET.parse(path).getroot()
+    name = "{http://www.w3.org/2000/svg}"
+    texts = [element.text for element in root.iter(f"{name}text")]
+    assert "none" in texts
+    assert EVIL in texts
+    assert "test accuracy 90.0 %" in texts
+    assert "Seed 0." in texts
+    images = [element.attrib["href"] for element in root.iter(f"{name}image")]
+    assert len(images) == 3
+    assert base64.b64decode(images[0].removeprefix("data:image/png;base64,"))[:4] == b"\x89PNG"
+    assert len(list(root.iter(f"{name}circle"))) == 3 * (20 + 20 + 700)
+    assert not list(root.iter(f"{name}script"))
+    assert all(
+        0 <= float(c.attrib["cx"]) <= 190 and 0 <= float(c.attrib["cy"]) <= 190 for c in root.iter(f"{name}circle")
+    )
+
+
+def test_columns_of_the_still_figure_can_be_chosen(tmp_path):
+    records = spiral(tmp_path, labels=("a", "b", "c"))
+    source = write_figure(records, tmp_path / "figure.svg", columns=["c", "a"]).read_text()
+    assert source.index(">c</text>") < source.index(">a</text>")
+    assert ">b</text>" not in source
+    with pytest.raises(UsageError, match="'d'; there are a, b, c"):
+        write_figure(records, tmp_path / "figure.svg", columns=["d"])
+
+
+def test_a_diverged_network_can_still_be_drawn(tmp_path):
+    records = spiral(tmp_path, labels=("none",))
+    lost = np.full((20, 2), np.nan, np.float32)
+    keep_pictures(records[0].folder, surface=np.full((200, 200), np.nan, np.float16), train_hidden=lost)
+    root = ET.parse(write_figure(records, tmp_path / "figure.svg")).getroot()
+    assert len(list(root.iter("{http://www.w3.org/2000/svg}circle"))) == 20 + 700
+    assert len(page(tmp_path, records).figures) == 4
+
+
+def test_the_still_figure_needs_pictures_of_one_experiment(tmp_path):
+    with pytest.raises(UsageError, match="one experiment with pictures, not 0"):
+        write_figure(runs("none", [1.0]), tmp_path / "figure.svg")
+    with pytest.raises(UsageError, match="nothing to report"):
+        write_figure([], tmp_path / "figure.svg")
+    one = spiral(tmp_path, labels=("none",))
+    with pytest.raises(UsageError, match="not 2"):
+        write_figure([*one, replace(one[0], experiment="other")], tmp_path / "figure.svg")
+    (one[0].folder / "pictures.safetensors").write_bytes(b"")
+    with pytest.raises(CorruptedFile):
+        write_figure(one, tmp_path / "figure.svg")
+    assert not (tmp_path / "figure.svg").exists()
+
+
+# ---------------------------------------------------------------- writing
+
+
+def test_a_write_that_fails_leaves_the_old_page_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "page.html"
+    path.write_text("old")
+
+    def full(self, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(StorageError, match="No space left"):
+        write_report(runs("none", [3.0]), path, "t")
+    assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
+    assert path.read_text() == "old"
+
+
+def test_a_page_in_a_new_folder(tmp_path):
+    path = write_report(runs("none", [3.0]), tmp_path / "new" / "page.html", "t")
+    assert path.exists()
+
+
+# ---------------------------------------------------------------- words
+
+
+def test_numbers_for_people():
+    minus = "\N{MINUS SIGN}"
+    assert number(-1.234, 2) == f"{minus}1.23"
+    assert number(1.234, 1, sign=True) == "+1.2"
+    assert number(-0.001, 2, sign=True) == number(0.001, 2) == "0.00"
+    assert number(math.nan, 2) == "not a number"
+
+
+def test_lists_for_people():
+    assert [listed(x) for x in ([], ["a"], ["a", "b"], ["a", "b", 3])] == ["", "a", "a and b", "a, b and 3"]
