@@ -34,6 +34,7 @@ check: .venv-dev/ready
 bench: .venv-dev/ready
 	.venv-dev/bin/python benchmarks/interpolation.py
 	.venv-dev/bin/python benchmarks/import_time.py
+	.venv-dev/bin/python benchmarks/discovery.py
 
 clean:
 	rm -rf .venv .venv-dev dist

@@ -226,7 +226,7 @@ def test_a_module_that_never_runs_is_not_reached():
 def test_the_fused_transformer_layer_of_eval_mode_does_not_hide_its_parts():
     layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
     points = names(nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)), torch.randn(4, 3, 4))
-    assert {"0.layers.0", "0.layers.1"} <= points
+    assert {"0.layers.0", "0.layers.1", "0.layers.0.norm2"} <= points
     assert "0.layers.0.self_attn" not in points
 
 
@@ -309,7 +309,6 @@ def test_discovery_restores_everything_when_the_forward_raises():
     assert model.training
     assert model.a.training
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.backends.mha.get_fastpath_enabled()
     assert all(not m._forward_hooks for m in model.modules())
 
 
@@ -384,6 +383,13 @@ def test_automatic_layers_of_well_known_networks(name):
 def test_automatic_layers_of_one_stage_lie_near_a_quarter_and_a_half():
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(12)))
     assert auto_layers(cut_points(model, torch.randn(4, 8))) == ["input", "2", "5"]
+
+
+def test_automatic_layers_do_work_of_their_own_and_leave_some_to_do():
+    blocks = [m for _ in range(6) for m in (nn.Linear(8, 8), nn.LayerNorm(8), nn.Identity())]
+    assert auto_layers(cut_points(nn.Sequential(*blocks), torch.randn(4, 8))) == ["input", "3", "6"]
+    shallow = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    assert auto_layers(cut_points(shallow, torch.randn(4, 8))) == ["input", "0"]
 
 
 def test_a_callable_chooses_from_the_cut_points():

@@ -131,8 +131,8 @@ def test_every_loss_takes_one_lam_per_example(name):
     loss = call(name, case, mixed(case.y, lam), reduction="none")
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradient(loss, case.leaf), gradient(expected, case.leaf))
-    for reduction in ("mean", "sum"):
-        with pytest.raises(MixedTargetMisuse, match='reduction="none"'):
+    for reduction in ("batchmean" if name == "kl_div" else "mean", "sum"):
+        with pytest.raises(MixedTargetMisuse, match='reduction="none".*average afterwards'):
             call(name, case, mixed(case.y, lam), reduction=reduction)
 
 
@@ -409,6 +409,8 @@ def test_loss_with_one_lam_per_example():
                 target.loss(criterion, x)
         else:
             torch.testing.assert_close(target.loss(criterion, x), lam * one + (1 - lam) * other, check_dtype=False)
+    with pytest.raises(MixedTargetMisuse, match=r"4 examples, but the loss has shape \(1,\)"):
+        mixed(y, lam).loss(lambda x, y: F.cross_entropy(x, y).view(1), x)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         assert mixed(y, lam.double()).loss(lambda x, y: x, torch.ones(4, dtype=dtype)).dtype == dtype
 
@@ -1004,6 +1006,7 @@ def test_copies():
         (lambda: MixedTarget({"a": (Y, "b")}, {"a": (Y, "b")}, 0.5), TypeError, r"y\['a'\]\[1\] is a str"),
         (lambda: MixedTarget(Spans(Y, 3), Spans(Y, 3), 0.5), TypeError, r"y\.end is a int"),
         (lambda: MixedTarget(Y.numpy(), Y.numpy(), 0.5), TypeError, "ndarray"),
+        (lambda: MixedTarget(Y, Y.numpy(), 0.5), TypeError, "y_partner is a ndarray"),
         (lambda: MixedTarget((), (), 0.5), TypeError, "no tensor"),
     ],
 )

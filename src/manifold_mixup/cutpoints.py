@@ -139,7 +139,6 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     python_state = random.getstate()
     numpy = sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy is not None else None
-    fast_path = torch.backends.mha.get_fastpath_enabled()
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(warnings.catch_warnings())
@@ -150,13 +149,10 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         if "torch._dynamo" in sys.modules:  # importing it takes a second, and nothing is compiled before it is
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
-            # The fused transformer layer of eval mode calls none of its submodules, which training will.
-            torch.backends.mha.set_fastpath_enabled(False)
             for module, _ in modes:
                 module.training = False
             yield
         finally:
-            torch.backends.mha.set_fastpath_enabled(fast_path)
             for module, mode in modes:
                 module.training = mode
             for module, name, buffer, content, version in buffers:

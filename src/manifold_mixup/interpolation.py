@@ -259,7 +259,7 @@ def _rows(h: Tensor, index: Tensor) -> Tensor:
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     if h.dim() in formats and not h.is_contiguous() and h.is_contiguous(memory_format=formats[h.dim()]):
         return h.movedim(1, -1).index_select(0, index).movedim(-1, 1)
-    return h.index_select(0, index) if h.is_contiguous() else h[index]
+    return h.index_select(0, index)
 
 
 def _column(weight: Weight, like: Tensor, dtype: torch.dtype) -> Weight:

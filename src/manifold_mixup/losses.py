@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.nn.functional as F
 
-__all__ = ["LOSSES", "is_reduced", "weight_of_l1_loss"]
+__all__ = ["LOSSES", "weight_of_l1_loss"]
 
 
 # The losses are the functions there that have a ``reduction``. Found once, as torch.compile cannot follow signature().
@@ -17,13 +17,6 @@ LOSSES = frozenset(
     for function in vars(F).values()
     if isfunction(function) and function.__module__ == F.__name__ and "reduction" in signature(function).parameters
 )
-
-
-def is_reduced(options: dict[str, Any]) -> bool:
-    """Whether a loss with these keyword arguments returns one number and not one for every example."""
-    if options.get("size_average") is not None or options.get("reduce") is not None:  # deprecated, but they win
-        return options.get("reduce") is not False
-    return bool(options.get("reduction", "mean") != "none")
 
 
 def weight_of_l1_loss() -> Any:

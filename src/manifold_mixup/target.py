@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manifold_mixup.errors import BatchMismatch, MixedTargetMisuse
-from manifold_mixup.losses import LOSSES, is_reduced, weight_of_l1_loss
+from manifold_mixup.losses import LOSSES, weight_of_l1_loss
 from manifold_mixup.structure import map_tensors, tensors
 from manifold_mixup.target_checks import Lam, check_pair, checked_lam, index_of_rows, is_index, rows_of_lam, summary
 
@@ -375,11 +375,6 @@ def _mixed_loss(loss: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
         target._tensors(f"{loss.__name__}()")
     if not all(_same_draw(first, other) for other in others):
         raise MixedTargetMisuse(f"{loss.__name__}() was given mixed targets of different draws.")
-    if isinstance(first.lam, Tensor) and is_reduced(kwargs):
-        raise MixedTargetMisuse(
-            f"This target has one λ per example, which cannot weigh what {loss.__name__}() has reduced already. "
-            'Use reduction="none", and average afterwards.'
-        )
 
     def loss_of(half: str) -> Any:
         def plain(value: Any) -> Any:

@@ -66,8 +66,20 @@ def test_margin_of_a_corner_where_the_nearest_point_of_the_boundary_is_the_tip()
     def rule(p):
         return ((p[:, 0] > 1) & (p[:, 1].abs() < 0.5 * (p[:, 0] - 1))).long()  # a wedge that points at the origin
 
-    x, y = torch.tensor([[0.0, 0.0], [6.0, 0.0]]), torch.tensor([0, 1])
+    x, y = torch.tensor([[0.0, 0.0], [6.0, 1.3]]), torch.tensor([0, 1])  # the tip is in no special direction
     assert decision_margin(rule, x, y) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_margin_finds_what_is_too_small_for_the_first_scan():
+    islands = [(torch.tensor([-20.0, 1.4]), 0.5), (torch.tensor([-40.6, 0.0]), 0.05)]
+
+    def rule(p):
+        inside = [(p - centre).norm(dim=1) < radius for centre, radius in islands]
+        return ((p[:, 0] > 5) | torch.stack(inside).any(dim=0)).long()
+
+    x, y = torch.tensor([[0.0, 0.0], [-20.0, 0.0], [-40.0, 0.0], [9.0, 0.0]]), torch.tensor([0, 0, 0, 1])
+    # 5 to the half-plane, then 0.9 to the large island, then 0.55 to the small one
+    assert decision_margin(rule, x, y) == pytest.approx(0.55, abs=1e-4)
 
 
 def test_margin_finds_an_island_near_a_point_that_is_far_from_every_other_point():

@@ -1,4 +1,32 @@
-"""What the pictures of the paper's spiral show, as numbers, and the arrays that the pictures are drawn from."""
+"""What the pictures of the paper's spiral show, as numbers, and the arrays that the pictures are drawn from.
+
+The measures:
+
+``train_accuracy``, ``test_accuracy``
+    Percent of right predictions; the test points are fresh points of the spiral.
+``low_confidence_share``
+    Percent of the square [-15, 15]² where the larger of the two probabilities is below 0.9, on the centres of 400 x
+    400 cells.
+``within_between_ratio``
+    Within-class over between-class scatter of the bottleneck's outputs for the training points:
+    :func:`within_between_ratio`.
+``margin``
+    Smallest distance, in input units, from a training point to where the network predicts another class than that
+    point's, and 0 if a training point is misclassified:
+    :func:`~manifold_mixup.lab.measures.margin.decision_margin`.
+
+The pictures are arrays for a safetensors file:
+
+==================== ================ =====================================================================
+``surface``          (200, 200) f16   probability of class 1, averaged over 2 x 2 cells; rows go up in x2
+``extent``           (4,) f32         the surface's left, right, bottom and top edge
+``train_x``          (n, 2) f32       training points
+``train_y``          (n,) i64         their classes
+``train_hidden``     (n, 2) f32       outputs of the bottleneck for them
+``uniform_hidden``   (2000, 2) f32    outputs of the bottleneck for inputs drawn uniformly from the square
+``uniform_top``      (2000,) f32      the larger of the two probabilities for those inputs
+==================== ================ =====================================================================
+"""
 
 from __future__ import annotations
 
@@ -29,32 +57,8 @@ def spiral_measures(
 ) -> tuple[dict[str, float], dict[str, npt.NDArray[np.generic]]]:
     """Measure a two-class network on the plane, and collect what its pictures need.
 
-    Everything is measured in evaluation mode on unmixed inputs, and the mode of every module is put back. The measures:
-
-    ``train_accuracy``, ``test_accuracy``
-        Percent of right predictions; the test points are fresh points of the spiral.
-    ``low_confidence_share``
-        Percent of the square [-15, 15]² where the larger of the two probabilities is below 0.9, on the centres of 400 x
-        400 cells.
-    ``within_between_ratio``
-        Within-class over between-class scatter of the bottleneck's outputs for the training points:
-        :func:`within_between_ratio`.
-    ``margin``
-        Smallest distance, in input units, from a training point to where the network predicts another class than that
-        point's, and 0 if a training point is misclassified:
-        :func:`~manifold_mixup.lab.measures.margin.decision_margin`.
-
-    The pictures are arrays for a safetensors file:
-
-    ==================== ================ =====================================================================
-    ``surface``          (200, 200) f16   probability of class 1, averaged over 2 x 2 cells; rows go up in x2
-    ``extent``           (4,) f32         the surface's left, right, bottom and top edge
-    ``train_x``          (n, 2) f32       training points
-    ``train_y``          (n,) i64         their classes
-    ``train_hidden``     (n, 2) f32       outputs of the bottleneck for them
-    ``uniform_hidden``   (2000, 2) f32    outputs of the bottleneck for inputs drawn uniformly from the square
-    ``uniform_top``      (2000,) f32      the larger of the two probabilities for those inputs
-    ==================== ================ =====================================================================
+    Everything is measured in evaluation mode on unmixed inputs, and the mode of every module is put back. What is
+    measured, and which arrays the pictures are, is said at the top of this module.
 
     A prediction that is not a number (a network that diverged) counts as wrong; shares and ratios it enters are NaN.
 
@@ -89,16 +93,12 @@ def spiral_measures(
             lambda points: predicted_labels(predicted_logits(model, points, BATCH)), train_x, train_y
         ),
     }
-    side = CELLS // POOL
-    surface = grid[:, 1].reshape(side, POOL, side, POOL).mean(dim=(1, 3))
-    edges = [-HALF_WIDTH, HALF_WIDTH, -HALF_WIDTH, HALF_WIDTH]
-    pictures: dict[str, npt.NDArray[np.generic]] = {
-        "surface": surface.numpy().astype(np.float16),
-        "extent": np.asarray(edges, dtype=np.float32),
+    pictures = {
+        **_surface(grid),
         "train_x": train_x.float().numpy(),
         "train_y": train_y.long().numpy(),
-        "train_hidden": train_hidden.float().numpy(),
-        "uniform_hidden": uniform_hidden.float().numpy(),
+        "train_hidden": train_hidden.numpy(),
+        "uniform_hidden": uniform_hidden.numpy(),
         "uniform_top": uniform_logits.softmax(dim=1).amax(dim=1).float().numpy(),
     }
     return metrics, pictures
@@ -146,6 +146,13 @@ def _cell_centres() -> Tensor:
     axis = ((torch.arange(CELLS, dtype=torch.float64) + 0.5) / CELLS * 2 - 1) * HALF_WIDTH
     x2, x1 = torch.meshgrid(axis, axis, indexing="ij")
     return torch.stack([x1.reshape(-1), x2.reshape(-1)], dim=1)
+
+
+def _surface(probabilities: Tensor) -> dict[str, npt.NDArray[np.generic]]:
+    side = CELLS // POOL
+    surface = probabilities[:, 1].reshape(side, POOL, side, POOL).mean(dim=(1, 3))
+    edges = [-HALF_WIDTH, HALF_WIDTH, -HALF_WIDTH, HALF_WIDTH]
+    return {"surface": surface.numpy().astype(np.float16), "extent": np.asarray(edges, dtype=np.float32)}
 
 
 def _low_confidence_share(probabilities: Tensor) -> float:

@@ -218,8 +218,8 @@ def remarks(experiment: Experiment, names: Sequence[str]) -> list[str]:
         notes.append(f"There is one method, {_called(first.label)}, so there is nothing to compare.")
     elif not any(pair.n > 1 for pair in pairs):
         notes.append(
-            f"No method has two seeds in common with {_called(first.label)}: differences are shown without an interval, and "
-            "nothing can be called significant."
+            f"No method has two seeds in common with {_called(first.label)}: differences are shown without an "
+            "interval, and nothing can be called significant."
         )
     else:
         chance = (

@@ -1,0 +1,125 @@
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from lab.small import one_run
+from manifold_mixup.lab import display
+from manifold_mixup.lab.records import Failure, Record
+
+
+def record(label, seed, **metrics):
+    return Record(
+        experiment="e",
+        data="spiral",
+        model="spiral_net",
+        method="none",
+        label=label,
+        options={},
+        seed=seed,
+        metrics=metrics,
+        best=metrics,
+        train={"best_step": 3},
+        config_hash="0",
+        versions={},
+        hardware={},
+        seconds=1.0,
+        command="",
+        date="",
+        folder=Path(),
+    )
+
+
+def rows(table, width=300):
+    """The cells of a table, row by row, the lines of a cell joined by ``|``."""
+    console = Console(file=io.StringIO(), width=width)
+    console.print(table)
+    found = []
+    for line in console.file.getvalue().splitlines():
+        if "━" in line or "├" in line:
+            found.append(None)
+        elif "│" in line:
+            cells = [cell.strip() for cell in line.strip("│").split("│")]
+            if found and found[-1] is not None:
+                cells = [f"{above}|{cell}" if cell else above for above, cell in zip(found.pop(), cells, strict=True)]
+            found.append(cells)
+    return [row for row in found if row is not None]
+
+
+def compared(values_a, values_b, name="test_error"):
+    records = [record("a", seed, **{name: value}) for seed, value in enumerate(values_a)]
+    records += [record("b", seed, **{name: value}) for seed, value in enumerate(values_b)]
+    return {name: rows(table) for table, name in zip(display.comparison(records), ("main", "own"), strict=False)}
+
+
+def test_means_spread_and_a_significant_difference():
+    # differences -1, -1.1, -0.9: mean -1, sd 0.1, t(0.975, 2) = 4.3027, half width 0.2484
+    a, b = compared([3.0, 3.0, 3.0], [2.0, 1.9, 2.1])["main"]
+    assert a[:3] == ["a", "3", "3.00 ± 0.00"]
+    assert b[:3] == ["b", "3", "2.00 ± 0.10|-1.00 [-1.25, -0.75]"]
+
+
+def test_a_difference_that_may_be_chance_is_called_so():
+    _, b = compared([3.0, 2.0, 4.0], [2.0, 3.0, 3.5])["main"]
+    assert b[2].endswith("|no significant difference")
+    assert b[2].startswith("2.83 ± 0.76|-0.17 [")
+
+
+def test_equal_methods_have_no_significant_difference_and_no_interval():
+    _, b = compared([3.0, 2.0], [3.0, 2.0])["main"]
+    assert b[2] == "2.50 ± 0.71|+0.00|no significant difference"
+
+
+def test_one_seed_has_a_difference_without_an_interval():
+    a, b = compared([3.0], [2.0])["main"]
+    assert a[2] == "3.00"
+    assert b[2] == "2.00|-1.00"
+
+
+def test_only_common_seeds_are_paired():
+    records = [record("a", 0, test_error=3.0), record("b", 0, test_error=1.0), record("b", 1, test_error=9.0)]
+    (table,) = display.comparison(records)
+    assert rows(table)[1][2] == "5.00 ± 5.66|-2.00"
+
+
+def test_methods_without_a_common_seed_are_not_compared():
+    (table,) = display.comparison([record("a", 0, test_error=3.0), record("b", 1, test_error=1.0)])
+    assert rows(table)[1][2] == "1.00"
+
+
+def test_a_run_that_diverged_shows():
+    _, b = compared([1.0, 1.0], [None, 2.0])["main"]
+    assert "nan" in b[2]
+
+
+def test_a_measure_that_was_not_taken_is_a_dash():
+    a, _ = compared([1.0], [2.0])["main"]
+    assert a[3:] == ["-", "-"]
+
+
+def test_a_data_sets_own_measures_have_a_table_of_their_own():
+    tables = compared([0.5, 0.6], [0.7, 0.9], name="within_between_ratio")
+    assert [row[0] for row in tables["own"]] == ["a", "b"]
+    assert tables["own"][0][2] == "0.550 ± 0.071"
+    assert list(display.comparison([])) == []
+
+
+@pytest.mark.parametrize("label", ["[red]x", "[/]", "[b]"])
+def test_labels_are_text_not_markup(label):
+    (table,) = display.comparison([record(label, 0, test_error=1.0), record("b", 0, test_error=1.0)])
+    assert rows(table)[0][0] == label
+    assert rows(display.single(record(label, 0, test_error=1.0)))[0] == ["test_error", "1.0000", "1.0000"]
+
+
+def test_progress_is_silent_where_nobody_looks_but_failures_are_said(capsys):
+    run = one_run()
+    for quiet in (False, True):
+        with display.Bars(2, quiet=quiet) as bars:
+            bars.started(run)
+            bars.advanced(run, 3)
+            bars.ended(run, record("none", 0, test_error=1.0))
+        assert capsys.readouterr() == ("", "")
+    with display.Bars(1) as bars:
+        bars.ended(run, Failure("e", "[b]none", 0, "it broke"))
+    assert capsys.readouterr() == ("", "failed: [b]none, seed 0: it broke\n")
