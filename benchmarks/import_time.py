@@ -2,10 +2,10 @@
 
     python benchmarks/import_time.py [--processes 11] [--limit 50]
 
-Medians over fresh processes; the two kinds take turns, so that a busy machine slows both. Importing torch takes a second
-or more, and on a busy machine two medians of it differ by more than we cost. So the difference is not taken between
-processes: each process of the second kind also says what it needed after torch was there. Exits with 1 where the median
-of that is above the limit.
+Medians over fresh processes; the two kinds take turns, so that a busy machine slows both. Importing torch takes a
+second or more, and on a busy machine two medians of it differ by more than we cost. So the difference is not taken
+between processes: each one of the second kind also says what it needed once torch was there. Exits with 1 where the
+median of that is above the limit.
 """
 
 from __future__ import annotations
