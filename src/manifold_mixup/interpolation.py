@@ -224,8 +224,8 @@ class Plan:
     def _gather(self, h: Tensor) -> Tensor:
         """The partners' rows are gathered into what comes out, and the rows are mixed in: two passes, two kernels.
 
-        One small kernel per row saves the second pass on an idle machine (3 to 20 % here), and is tens of times slower
-        where other processes keep the cores busy, for each kernel waits for all of its threads.
+        One small kernel per row would save the second pass, up to a third of the time on an idle machine. But where
+        other processes keep the cores busy it is several times slower, for each kernel waits for all of its threads.
         """
         out = _rows(h, self.partner.indices.to(h.device))
         if not isinstance(self.own, Tensor) and not isinstance(self.other, Tensor):

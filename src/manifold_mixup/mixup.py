@@ -70,7 +70,8 @@ class ManifoldMixup:
         AlreadyAttached: the model, or a part of it, has a mixer already.
         LayerNotFound: S names a module that does not exist.
 
-    Source: Verma, Lamb, Beckham, Najafi, Mitliagkas, Lopez-Paz, Courville, Bengio: Manifold Mixup, ICML 2019, section 2.
+    Source: Verma, Lamb, Beckham, Najafi, Mitliagkas, Lopez-Paz, Courville and Bengio, Manifold Mixup, ICML 2019,
+    section 2.
     """
 
     def __init__(

@@ -104,6 +104,10 @@ def compare(
     data: DataOption = None,
     model: ModelOption = None,
     settings: SetOption = None,
+    figure: Annotated[
+        Path | None,
+        typer.Option("--figure", help="Also write the pictures of the first seed as one SVG, if there are any."),
+    ] = None,
     jobs: JobsOption = 0,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -121,6 +125,10 @@ def compare(
     overrides = Overrides(data, model, method or (), seeds, steps, settings or ())
     config = load_recipe(recipe, overrides)
     outcome = _carry_out([config], runs, jobs, quiet, checkpoint_every)
+    if figure is not None:
+        from manifold_mixup.lab.report import write_figure
+
+        write_figure(outcome.records, figure)
     _print_comparison(outcome, [config], runs / config.name / "report.html", f"Manifold Mixup: {config.name}", as_json)
 
 

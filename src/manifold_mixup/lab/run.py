@@ -144,11 +144,21 @@ def _versions() -> dict[str, str]:
     return versions
 
 
+def _cpu() -> str:
+    """The processor's name; Python itself knows it on some systems only."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
 def _hardware() -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
         "machine": platform.machine(),
         "system": platform.system(),
+        "cpu": _cpu(),
         "cpus": os.cpu_count(),
         "device": device,
         "threads": 1,
