@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
 from importlib import import_module, metadata
+from pathlib import Path
 from typing import Any
 
 import torch
