@@ -122,10 +122,13 @@ def test_a_process_that_dies_takes_one_run_with_it(tmp_path):
 
 
 class CtrlC(Silent):
-    """Presses Ctrl-C as soon as a run has begun to move."""
+    """Presses Ctrl-C once, as soon as a run has begun to move."""
+
+    pressed = False
 
     def advanced(self, run, step):
-        if 0 < step < run.config.train.steps:
+        if 0 < step < run.config.train.steps and not self.pressed:
+            self.pressed = True
             os.kill(os.getpid(), signal.SIGINT)
 
 
