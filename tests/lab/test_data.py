@@ -87,6 +87,17 @@ def test_digits_sizes_and_scale():
     assert splits.train.x.max() == 1
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_every_split_of_the_digits_has_the_shares_of_the_whole(seed):
+    splits = load_data("digits", {}, seed)
+    parts = [splits.train, splits.validation, splits.hand_out_test()]
+    counts = [part.y.bincount(minlength=10) for part in parts]
+    whole = sum(counts)
+    assert whole.sum() == 1797
+    for part, count in zip(parts, counts, strict=True):
+        assert (count - whole * len(part) / 1797).abs().max() < 2
+
+
 @pytest.mark.parametrize("size", [10, 33, 500, 999])
 def test_fewer_digits_are_class_balanced_and_leave_the_test_alone(size):
     few, all_of_them = load_data("digits", {"train_examples": size}, 0), load_data("digits", {}, 0)

@@ -120,6 +120,8 @@ def test_progress_is_silent_where_nobody_looks_but_failures_are_said(capsys):
             bars.advanced(run, 3)
             bars.ended(run, record("none", 0, test_error=1.0))
         assert capsys.readouterr() == ("", "")
-    with display.Bars(1) as bars:
-        bars.ended(run, Failure("e", "[b]none", 0, "it broke"))
-    assert capsys.readouterr() == ("", "failed: [b]none, seed 0: it broke\n")
+    why = "it broke " * 30
+    for runs, said in ((2, f"failed: [b]none, seed 0: {why}\n"), (1, "")):  # of one run the command's own error tells
+        with display.Bars(runs) as bars:
+            bars.ended(run, Failure("e", "[b]none", 0, why))
+        assert capsys.readouterr() == ("", said)

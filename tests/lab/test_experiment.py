@@ -147,6 +147,21 @@ def test_ctrl_c_leaves_checkpoints_from_which_the_same_numbers_come(tmp_path, jo
     assert metrics(resumed) == metrics(straight)
 
 
+class LateCtrlC(Watcher):
+    """Presses Ctrl-C at the very last step of the first run."""
+
+    def advanced(self, run, step):
+        if step == run.config.train.steps:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_at_the_last_step_keeps_that_run_and_starts_no_other(tmp_path):
+    watcher = LateCtrlC()
+    with pytest.raises(Interrupted):
+        run_experiments([experiment(DIGITS, methods=TWO)], Settings(tmp_path), watcher)
+    assert watcher.seen == [("started", "none", 0), ("Record", "none", 0)]
+
+
 def test_a_second_ctrl_c_cuts_in():
     with pytest.raises(KeyboardInterrupt), module._stop_on_ctrl_c() as stop:
         os.kill(os.getpid(), signal.SIGINT)

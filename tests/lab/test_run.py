@@ -110,6 +110,17 @@ def test_random_state_and_threads_are_put_back(digits):
     assert torch.get_num_threads() == threads
 
 
+def test_a_run_takes_one_thread_whatever_the_caller_has(digits):
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        execute(digits, Hooks(progress=lambda step: seen.append(torch.get_num_threads())))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {1}
+
+
 def test_the_callers_random_state_has_no_influence(tmp_path):
     run = one_run(DIGITS, methods=[{"name": "dropout"}])
     torch.manual_seed(1)

@@ -45,6 +45,7 @@ class Bars:
 
     def __init__(self, runs: int, *, quiet: bool = False) -> None:
         target = console(stderr=True)
+        self._runs = runs
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -78,13 +79,14 @@ class Bars:
             self._progress.update(self._running[_key(run)], completed=step)
 
     def ended(self, run: PlannedRun, outcome: Record | Failure) -> None:
-        """Remove its bar, and say so if it failed."""
+        """Remove its bar; of several runs, say at once which one failed (a single one's error ends the command)."""
         task = self._running.pop(_key(run), None)
         if task is not None:
             self._progress.remove_task(task)
         self._progress.advance(self._all)
-        if isinstance(outcome, Failure):
-            self._progress.console.print(f"failed: {outcome.label}, seed {outcome.seed}: {outcome.error}", markup=False)
+        if isinstance(outcome, Failure) and self._runs > 1:
+            text = f"failed: {outcome.label}, seed {outcome.seed}: {outcome.error}"
+            self._progress.console.print(text, markup=False, soft_wrap=True)
 
 
 def _key(run: PlannedRun) -> tuple[str, str, int]:
