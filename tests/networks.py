@@ -10,6 +10,19 @@ from torch import Tensor, nn
 Piece = tuple[str | None, Callable[[Tensor], Tensor]]
 
 
+class Net(nn.Module):
+    """Modules and a forward ``(net, *inputs) -> output`` that a test may replace."""
+
+    def __init__(self, forward: Callable[..., object], **modules: nn.Module) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+        self._forward = forward
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        return self._forward(self, *args, **kwargs)
+
+
 class Mlp(nn.Module):
     def __init__(self, classes: int = 3) -> None:
         super().__init__()

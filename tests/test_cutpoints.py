@@ -13,22 +13,11 @@ from torch import Tensor, nn
 from manifold_mixup import ManifoldMixup, cut_points
 from manifold_mixup.cutpoints import auto_layers
 from manifold_mixup.errors import BatchMismatch, DataFlowLost, DiscoveryFailed, LayerNotReached, NotACutPoint
-from networks import NETWORKS, PreActResNet
+from networks import NETWORKS, Net, PreActResNet
 
 
 def names(model: nn.Module, *inputs, **kwargs) -> set[str]:
     return {p.name for p in cut_points(model, *inputs, **kwargs)}
-
-
-class Lambda(nn.Module):
-    def __init__(self, forward, **modules: nn.Module) -> None:
-        super().__init__()
-        for name, module in modules.items():
-            self.add_module(name, module)
-        self._forward = forward
-
-    def forward(self, *args, **kwargs):
-        return self._forward(self, *args, **kwargs)
 
 
 def linear() -> nn.Linear:
@@ -70,7 +59,7 @@ def test_a_conv_inside_a_residual_block_is_refused_even_where_the_branch_is_sile
 
 
 def test_a_zero_initialised_last_batch_norm_does_not_hide_the_skip():
-    block = Lambda(lambda m, x: torch.relu(m.bn(m.conv(x)) + x), conv=nn.Conv2d(4, 4, 1), bn=nn.BatchNorm2d(4))
+    block = Net(lambda m, x: torch.relu(m.bn(m.conv(x)) + x), conv=nn.Conv2d(4, 4, 1), bn=nn.BatchNorm2d(4))
     nn.init.zeros_(block.bn.weight)
     model = nn.Sequential(block, nn.Flatten(), nn.Linear(4, 2))
     error = refused(model, "0.conv", torch.randn(4, 4, 1, 1))
@@ -78,7 +67,7 @@ def test_a_zero_initialised_last_batch_norm_does_not_hide_the_skip():
 
 
 def test_an_identity_on_a_shortcut_is_refused_and_the_main_branch_named():
-    model = Lambda(lambda m, x: m.act(m.body(x) + m.skip(x)), body=linear(), skip=nn.Identity(), act=nn.ReLU())
+    model = Net(lambda m, x: m.act(m.body(x) + m.skip(x)), body=linear(), skip=nn.Identity(), act=nn.ReLU())
     error = refused(model, "skip")
     assert error.bypass == "body"
     assert "what 'body' computes reaches the model's own forward (add)" in str(error)
@@ -91,7 +80,7 @@ def test_an_identity_in_the_chain_is_a_cut_point():
 
 
 def test_an_identity_whose_input_is_read_again_is_not():
-    model = Lambda(lambda m, x: m.same(h := m.a(x)) * h, a=linear(), same=nn.Identity())
+    model = Net(lambda m, x: m.same(h := m.a(x)) * h, a=linear(), same=nn.Identity())
     assert names(model, X) == {"input", "a"}
 
 
@@ -104,7 +93,7 @@ def test_in_place_activations():
         h = m.a(x)
         return m.act(h) + h
 
-    model = Lambda(shortcut, a=linear(), act=nn.ReLU(inplace=True))
+    model = Net(shortcut, a=linear(), act=nn.ReLU(inplace=True))
     assert names(model, X) == {"input", "a"}
 
 
@@ -115,7 +104,7 @@ def test_in_place_addition_of_a_skip_is_followed():
         out += h
         return m.c(out)
 
-    model = Lambda(forward, a=linear(), b=linear(), c=linear())
+    model = Net(forward, a=linear(), b=linear(), c=linear())
     assert names(model, X) == {"input", "a", "c"}
 
 
@@ -126,7 +115,7 @@ def test_writes_into_a_buffer_through_views_are_followed():
         out[:, 4:] = m.b(x)
         return m.c(out)
 
-    model = Lambda(forward, a=linear(), b=linear(), c=nn.Linear(8, 2))
+    model = Net(forward, a=linear(), b=linear(), c=nn.Linear(8, 2))
     assert names(model, X) == {"input", "c"}
 
 
@@ -137,37 +126,35 @@ def test_a_skip_that_passes_through_a_view_made_before_an_in_place_write():
         h = m.b(h)
         return m.c(torch.cat([h, view], 1))
 
-    model = Lambda(forward, a=linear(), b=linear(), c=nn.Linear(6, 2))
+    model = Net(forward, a=linear(), b=linear(), c=nn.Linear(6, 2))
     assert names(model, X) == {"input", "a", "c"}
 
 
 def test_detach_and_data_do_not_hide_a_path():
-    model = Lambda(lambda m, x: m.c(m.b(h := m.a(x)) + h.detach()), a=linear(), b=linear(), c=linear())
+    model = Net(lambda m, x: m.c(m.b(h := m.a(x)) + h.detach()), a=linear(), b=linear(), c=linear())
     assert names(model, X) == {"input", "a", "c"}
-    model = Lambda(lambda m, x: m.c(m.b(h := m.a(x)) + h.data), a=linear(), b=linear(), c=linear())
+    model = Net(lambda m, x: m.c(m.b(h := m.a(x)) + h.data), a=linear(), b=linear(), c=linear())
     assert names(model, X) == {"input", "a", "c"}
 
 
 def test_dense_unet_and_two_towers():
-    dense = Lambda(lambda m, x: m.c(torch.cat([x, m.a(x)], 1)), a=linear(), c=nn.Linear(8, 2))
+    dense = Net(lambda m, x: m.c(torch.cat([x, m.a(x)], 1)), a=linear(), c=nn.Linear(8, 2))
     assert names(dense, X) == {"input", "c"}
 
     def unet(m, x):
         down = m.down(x)
         return m.out(m.up(m.middle(down)) + down)
 
-    model = Lambda(unet, down=linear(), middle=linear(), up=linear(), out=linear())
+    model = Net(unet, down=linear(), middle=linear(), up=linear(), out=linear())
     assert names(model, X) == {"input", "down", "out"}
-    towers = Lambda(lambda m, x: m.head(m.left(x) * m.right(x)), left=linear(), right=linear(), head=linear())
+    towers = Net(lambda m, x: m.head(m.left(x) * m.right(x)), left=linear(), right=linear(), head=linear())
     assert names(towers, X) == {"input", "head"}
     assert "left" in str(refused(towers, "left"))
 
 
 def test_several_tensors_returned_together_form_one_cut():
-    split = Lambda(lambda m, x: (m.l(x), [m.r(x)]), l=linear(), r=linear())
-    model = Lambda(
-        lambda m, x: m.head(torch.cat([(h := m.split(x))[0], h[1][0]], 1)), split=split, head=nn.Linear(8, 2)
-    )
+    split = Net(lambda m, x: (m.l(x), [m.r(x)]), l=linear(), r=linear())
+    model = Net(lambda m, x: m.head(torch.cat([(h := m.split(x))[0], h[1][0]], 1)), split=split, head=nn.Linear(8, 2))
     points = {p.name: p for p in cut_points(model, X)}
     assert set(points) == {"input", "split", "head"}
     assert points["split"].shape == ((4,), (4,))
@@ -176,31 +163,27 @@ def test_several_tensors_returned_together_form_one_cut():
 
 def test_lstm_outputs_are_a_cut_only_without_the_final_state():
     x = torch.randn(6, 3, 4)
-    by_output = Lambda(
+    by_output = Net(
         lambda m, x: m.head(m.lstm(x)[0][:, -1]), lstm=nn.LSTM(4, 5, batch_first=True), head=nn.Linear(5, 2)
     )
     assert "lstm" in names(by_output, x)
-    by_state = Lambda(
-        lambda m, x: m.head(m.lstm(x)[1][0][-1]), lstm=nn.LSTM(4, 5, batch_first=True), head=nn.Linear(5, 2)
-    )
+    by_state = Net(lambda m, x: m.head(m.lstm(x)[1][0][-1]), lstm=nn.LSTM(4, 5, batch_first=True), head=nn.Linear(5, 2))
     assert "lstm" not in names(by_state, x)
     # Two layers and a batch of two rows: the state's first dimension only looks like the batch.
-    deep = Lambda(
-        lambda m, x: m.head(m.lstm(x)[1][0][-1]), lstm=nn.LSTM(4, 5, 2, batch_first=True), head=nn.Linear(5, 2)
-    )
+    deep = Net(lambda m, x: m.head(m.lstm(x)[1][0][-1]), lstm=nn.LSTM(4, 5, 2, batch_first=True), head=nn.Linear(5, 2))
     assert "one row per example" in str(refused(deep, "lstm", x[:2]))
 
 
 def test_dimension_zero_has_to_be_the_batch():
-    window = Lambda(lambda m, x: x.reshape(-1, 4))
-    model = Lambda(lambda m, x: m.b(m.window(m.a(x))).reshape(len(x), -1), a=linear(), window=window, b=linear())
+    window = Net(lambda m, x: x.reshape(-1, 4))
+    model = Net(lambda m, x: m.b(m.window(m.a(x))).reshape(len(x), -1), a=linear(), window=window, b=linear())
     assert names(model, torch.randn(5, 2, 4)) == {"input", "a"}
-    sequence_first = Lambda(lambda m, x: m.b(m.a(x).transpose(0, 1)).mean(0), a=linear(), b=linear())
+    sequence_first = Net(lambda m, x: m.b(m.a(x).transpose(0, 1)).mean(0), a=linear(), b=linear())
     assert names(sequence_first, torch.randn(3, 3, 4)) == {"input", "a"}
 
 
 def test_an_auxiliary_input_that_bypasses_is_reported():
-    model = Lambda(lambda m, x, mask: m.b(m.a(x) * mask), a=linear(), b=linear())
+    model = Net(lambda m, x, mask: m.b(m.a(x) * mask), a=linear(), b=linear())
     assert names(model, X, mask=torch.ones(6, 1)) == {"input", "b"}
     with pytest.raises(NotACutPoint, match="the input 'mask' reaches"):
         ManifoldMixup(model, layers=["a"]).discover(X, mask=torch.ones(6, 1))
@@ -209,16 +192,16 @@ def test_an_auxiliary_input_that_bypasses_is_reported():
 
 
 def test_a_module_called_twice_is_two_sites():
-    model = Lambda(lambda m, x: m.b(m.a(m.a(x))), a=linear(), b=linear())
+    model = Net(lambda m, x: m.b(m.a(m.a(x))), a=linear(), b=linear())
     assert names(model, X) == {"input", "a", "a#2", "b"}
-    around = Lambda(lambda m, x: m.a(h := m.a(x)) + h, a=linear())
+    around = Net(lambda m, x: m.a(h := m.a(x)) + h, a=linear())
     assert names(around, X) == {"input", "a"}
     with pytest.raises(LayerNotReached, match="called 2 times"):
         ManifoldMixup(around, layers=["a#3"]).discover(X)
 
 
 def test_a_module_that_never_runs_is_not_reached():
-    model = Lambda(lambda m, x: m.a(x), a=linear(), b=linear())
+    model = Net(lambda m, x: m.a(x), a=linear(), b=linear())
     with pytest.raises(LayerNotReached, match="'b' is never called"):
         ManifoldMixup(model, layers=["b"]).discover(X)
 
@@ -232,10 +215,10 @@ def test_the_fused_transformer_layer_of_eval_mode_does_not_hide_its_parts():
 
 @pytest.mark.parametrize("way_out", [lambda h: torch.from_numpy(h.numpy() * 1.0), lambda h: torch.tensor(h.tolist())])
 def test_a_detour_outside_of_torch_is_noticed(way_out):
-    whole = Lambda(lambda m, x: m.b(way_out(m.a(x))), a=linear(), b=linear())
+    whole = Net(lambda m, x: m.b(way_out(m.a(x))), a=linear(), b=linear())
     with pytest.raises(DataFlowLost, match="check=False"):
         cut_points(whole, X)
-    branch = Lambda(lambda m, x: m.c(m.b(h := m.a(x)) + way_out(h)), a=linear(), b=linear(), c=linear())
+    branch = Net(lambda m, x: m.c(m.b(h := m.a(x)) + way_out(h)), a=linear(), b=linear(), c=linear())
     assert names(branch, X) == {"input", "a"}
 
 
@@ -301,7 +284,7 @@ def test_discovery_restores_everything_when_the_forward_raises():
         torch.rand(3)
         raise KeyError("broken")
 
-    model = Lambda(forward, a=linear()).train()
+    model = Net(forward, a=linear()).train()
     state = torch.get_rng_state()
     with pytest.raises(DiscoveryFailed, match="broken") as caught:
         cut_points(model, X)
@@ -399,6 +382,6 @@ def test_a_callable_chooses_from_the_cut_points():
 
 
 def test_a_network_without_any_cut_point_says_so():
-    model = Lambda(lambda m, a, b: m.l(a) + b.float().sum(1, keepdim=True), l=linear())
+    model = Net(lambda m, a, b: m.l(a) + b.float().sum(1, keepdim=True), l=linear())
     with pytest.raises(NotACutPoint, match="neither the input nor any module"):
         ManifoldMixup(model).discover(X, torch.randint(3, (6, 2)))

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from manifold_mixup import ManifoldMixup, errors
-from networks import Mlp, PreActResNet, Transformer
+from networks import Mlp, Net, PreActResNet, Transformer
 
 # The compiler makes an object of every autograd function that it traces, and looks at the grad of what is no leaf:
 # torch warns of the one, and hides the other warning from users, but not from a filter that makes warnings errors.
@@ -39,19 +39,6 @@ def mlp(width: int = 12, classes: int = 3) -> nn.Sequential:
 
 def batch(n: int = 8) -> tuple[Tensor, Tensor]:
     return torch.randn(n, 6), torch.randint(3, (n,))
-
-
-class Net(nn.Module):
-    """A chain of modules whose forward a test can replace."""
-
-    def __init__(self, forward, **modules: nn.Module) -> None:
-        super().__init__()
-        for name, module in modules.items():
-            self.add_module(name, module)
-        self._forward = forward
-
-    def forward(self, *args, **kwargs):
-        return self._forward(self, *args, **kwargs)
 
 
 def inert(model: nn.Module) -> nn.Module:
