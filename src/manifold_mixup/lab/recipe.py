@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +13,6 @@ from typing import Any
 from manifold_mixup.lab.config import ExperimentConfig
 from manifold_mixup.lab.errors import RecipeError, StorageError, UnknownName, UsageError
 from manifold_mixup.lab.parsing import parse_config
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:  # pragma: no cover
-    import tomli as tomllib
 
 __all__ = ["RECIPES", "Overrides", "load_recipe", "parse_component", "parse_seeds", "read_recipe", "recipe_files"]
 
