@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from manifold_mixup.cutpoints import Discovery, choose_layers, discover, resolve_name
-from manifold_mixup.errors import AlreadyAttached, BatchMismatch, LayerNotReached, MixerRemoved
+from manifold_mixup.errors import AlreadyAttached, LayerNotReached, MixerRemoved
 from manifold_mixup.hooks import EVERY, INPUT, AfterForward, BeforeForward, Drawn, EndForward, Live, SiteHook
 from manifold_mixup.interpolation import Pairing, Partner, Plan, draw_lam, draw_partner
-from manifold_mixup.structure import batch_size, map_tensors, tensors
+from manifold_mixup.structure import map_tensors, tensors
 from manifold_mixup.target import MixedTarget
-from manifold_mixup.validation import Layers, unwrap, validate
+from manifold_mixup.validation import Layers, common_size, unwrap, validate
 
 __all__ = ["Draw", "ManifoldMixup"]
 
@@ -156,7 +156,7 @@ class ManifoldMixup:
                 "This mixer is not attached to a model (it was removed, or it is a copy). Make a new one."
             )
         self._retire()
-        size = _common_size(x, y)
+        size = common_size(x, y)
         if not self._root.training:
             return x, MixedTarget(y, y, 1.0)
         if self._layers is None:
@@ -386,18 +386,6 @@ def _arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if hasattr(x, "keys"):
         return (), dict(x)
     return (x,), {}
-
-
-def _common_size(x: Any, y: Any) -> int:
-    size = batch_size(x)
-    if size is None:
-        raise BatchMismatch("x holds no tensor with a batch dimension.")
-    for tensor in tensors(y):
-        if not tensor.dim() or tensor.shape[0] != size:
-            raise BatchMismatch(f"x has {size} rows, but the targets have shape {tuple(tensor.shape)}.")
-    if next(tensors(y), None) is None:
-        raise BatchMismatch("y holds no tensor: the targets have to be tensors with one row per example.")
-    return size
 
 
 def _float64_on(weights: Tensor, device: torch.device) -> Tensor:

@@ -1,18 +1,20 @@
-"""What is refused before anything is attached: arguments out of range, and models that cannot be mixed safely."""
+"""What is refused: arguments out of range, models that cannot be mixed safely, batches that do not fit."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from manifold_mixup.cutpoints import CutPoint
-from manifold_mixup.errors import UnsupportedModel
+from manifold_mixup.errors import BatchMismatch, UnsupportedModel
 from manifold_mixup.interpolation import PAIRINGS, Pairing
+from manifold_mixup.structure import batch_size, tensors
 
-__all__ = ["Layers", "unwrap", "validate"]
+__all__ = ["Layers", "common_size", "unwrap", "validate"]
 
 Layers = str | Sequence[str] | Callable[[list[CutPoint]], Sequence[str]]
 
@@ -70,3 +72,16 @@ def validate(
         raise ValueError(f"probability must lie in [0, 1], but is {probability!r}.")
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise TypeError(f"seed must be an integer or None, but is {seed!r}.")
+
+
+def common_size(x: Any, y: Any) -> int:
+    """Rows of a batch; BatchMismatch where inputs and targets disagree, or hold no tensor."""
+    size = batch_size(x)
+    if size is None:
+        raise BatchMismatch("x holds no tensor with a batch dimension.")
+    for tensor in tensors(y):
+        if not tensor.dim() or tensor.shape[0] != size:
+            raise BatchMismatch(f"x has {size} rows, but the targets have shape {tuple(tensor.shape)}.")
+    if next(tensors(y), None) is None:
+        raise BatchMismatch("y holds no tensor: the targets have to be tensors with one row per example.")
+    return size

@@ -66,7 +66,7 @@ def compare(recipe, *arguments):
     return ("compare", "--recipe", recipe, "--runs", recipe.parent / "runs", "--jobs", 1, *arguments)
 
 
-def refused(result, pattern):
+def assert_refused(result, pattern):
     """Whether the result is one line that says what is wrong, and nothing else."""
     code, out, err = result
     assert code == 2
@@ -228,19 +228,19 @@ BAD = {
 
 @pytest.mark.parametrize(("arguments", "pattern"), BAD.values(), ids=BAD)
 def test_bad_input_is_one_line(call, recipe, arguments, pattern):
-    refused(call(*compare(recipe, *arguments)), pattern)
+    assert_refused(call(*compare(recipe, *arguments)), pattern)
     assert not (recipe.parent / "runs").exists()
 
 
 def test_unknown_recipe_command_and_missing_option_are_one_line(call):
-    refused(call("compare", "--recipe", "spirl"), "unknown recipe 'spirl': did you mean 'spiral'")
-    refused(call("comparr"), "No such command")
-    refused(call("compare"), "Missing option")
+    assert_refused(call("compare", "--recipe", "spirl"), "unknown recipe 'spirl': did you mean 'spiral'")
+    assert_refused(call("comparr"), "No such command")
+    assert_refused(call("compare"), "Missing option")
 
 
 def test_a_folder_of_another_config_is_one_line(call, recipe):
     assert call(*compare(recipe))[0] == 0
-    refused(
+    assert_refused(
         call(*compare(recipe, "--steps", 13)), "holds a run of another config .*train.steps: 12 there, 13 here.*--runs"
     )
 
@@ -256,13 +256,13 @@ def test_a_corrupted_checkpoint_is_one_line(call, recipe):
     assert re.search(r"^error: 1 of 4 runs failed; the first: none, seed 0: .*corrupted.*; delete ", err, re.MULTILINE)
     assert "Traceback" not in err
     (folder / "config.json").write_text("{")
-    refused(call(*compare(recipe)), "config.json is corrupted")
+    assert_refused(call(*compare(recipe)), "config.json is corrupted")
 
 
 def test_an_unwritable_folder_is_one_line(call, recipe):
     (recipe.parent / "runs").write_text("in the way")
-    refused(call(*compare(recipe)), r"cannot (create the folder|read) ")
-    refused(
+    assert_refused(call(*compare(recipe)), r"cannot (create the folder|read) ")
+    assert_refused(
         call("compare", "--recipe", recipe, "--runs", "/proc/nowhere", "--jobs", 1),
         "cannot create the folder /proc/nowhere",
     )
@@ -273,7 +273,7 @@ def test_a_full_disk_is_one_line(call, recipe, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    refused(call(*compare(recipe)), "cannot write .*: No space left on device")
+    assert_refused(call(*compare(recipe)), "cannot write .*: No space left on device")
 
 
 def test_failed_runs_make_the_exit_code_one_and_the_others_are_reported(call, recipe):
@@ -298,7 +298,7 @@ def test_an_unexpected_error_is_one_line_too_unless_debugging(call, recipe, monk
         raise RuntimeError("first line\nsecond line")
 
     monkeypatch.setattr("manifold_mixup.lab.experiment.run_experiments", broken)
-    refused(call(*compare(recipe)), "RuntimeError: first line second line .*--debug")
+    assert_refused(call(*compare(recipe)), "RuntimeError: first line second line .*--debug")
     with pytest.raises(RuntimeError, match="first line"):
         cli.main(["--debug", *map(str, compare(recipe))])
 

@@ -8,7 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ def _execute(folder: RunFolder, hooks: Hooks, command: str) -> Record:
         hardware=_hardware(),
         seconds=round(fitted.facts["seconds"] + time.monotonic() - trained, 3),
         command=command,
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
         folder=folder.path,
     )
     folder.finish(record)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
@@ -34,14 +35,14 @@ class ManifoldMixupOptions(MixingOptions):
     layers: LayerNames = Field(default="auto", description="where to mix: 'auto', or names of modules and 'input'")
 
 
-class MixingMethod(Method[MixingOptions]):
+class MixingMethod(Method[MixingOptions], ABC):
     """The core's mixer, seen as a method of the lab."""
 
     _mixup: ManifoldMixup | None = None
 
+    @abstractmethod
     def layers(self) -> str | list[str]:
         """The eligible set S, or ``"auto"``."""
-        raise NotImplementedError
 
     def attach(self, model: nn.Module, hidden: Sequence[str], seed: int) -> BatchTransform:
         """Attach the mixer; it has the shape of a batch transform already."""
