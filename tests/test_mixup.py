@@ -263,6 +263,18 @@ def test_two_mixers_are_refused_on_the_model_its_parts_and_its_wholes():
     assert second(*batch())[1].mixed
 
 
+def test_a_mixer_that_nobody_holds_any_more_is_detached():
+    model = mlp()
+    mixup = ManifoldMixup(model, layers=["input", "0"], seed=0)
+    x, y = mixup(*batch())
+    del mixup
+    assert torch.equal(model(x), inert(model)(x))
+    with pytest.raises(errors.LayerNotReached):
+        F.cross_entropy(model(x), y)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert ManifoldMixup(model, seed=0)(*batch())[1].mixed
+
+
 def test_data_parallel_is_refused_before_and_after_attaching():
     model = mlp()
     with pytest.raises(errors.UnsupportedModel, match="DistributedDataParallel"):
@@ -764,6 +776,20 @@ def test_a_whole_model_recomputed_after_other_draws_is_refused_only_where_it_can
         losses.append(F.cross_entropy(run(inputs), target))
     with pytest.raises(errors.RecomputeAmbiguous, match="use_reentrant=False"):
         sum(losses).backward()
+
+
+@pytest.mark.parametrize("alpha", [2.0, 0.0])
+def test_a_draw_between_a_blind_forward_and_its_backward_is_an_error(alpha):
+    """Reentrant checkpointing of the whole model leaves nothing in the graph that says which draw to repeat."""
+    model = Checkpointed(None).double()
+    mixup = ManifoldMixup(model, layers=["blocks.0"], seed=0)
+    x, y = torch.randn(8, 6).double(), torch.randint(3, (8,))
+    inputs, target = mixup(x.clone().requires_grad_(), y)
+    loss = F.cross_entropy(checkpoint(model, inputs, use_reentrant=True), target)
+    mixup.alpha = alpha  # the next draw is another mixed one, or an unmixed one
+    mixup(x, y)
+    with pytest.raises(errors.RecomputeAmbiguous, match="use_reentrant=False"):
+        loss.backward()
 
 
 def test_a_recomputed_module_with_several_calls_is_refused():

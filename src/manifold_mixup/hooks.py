@@ -62,7 +62,7 @@ class Live:
     lam: Mapping[str, Tensor] = field(default_factory=dict)
     # For activation checkpointing.
     recomputing: Drawn | None = None
-    blind: list[Drawn] = field(default_factory=list)
+    blind: list[Drawn] = field(default_factory=list)  # of training forwards without grad, which leave no note
 
 
 def _in_backward() -> bool:
@@ -181,15 +181,16 @@ def repeated_draw(live: Live, root: nn.Module) -> Drawn:
     """The draw of the forward that is being recomputed."""
     if live.recomputing is not None:
         return live.recomputing
-    if not (live.armed and root.training):
+    if not root.training:
         return UNMIXED
-    if len(live.blind) > 1:
+    current = live.drawn if live.armed else UNMIXED
+    if any(drawn is not current for drawn in live.blind):
         raise RecomputeAmbiguous(
             "The whole model is recomputed in backward (reentrant checkpointing) and several draws were made since: "
             "which one to repeat cannot be told. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or "
             "run backward before the next mixup(x, y)."
         )
-    return live.drawn
+    return current
 
 
 class BeforeForward(_Hook):
@@ -244,12 +245,12 @@ class AfterForward(_Hook):
                 )
             live.completed = True
         if not torch.compiler.is_compiling():
-            self._leave_note(live.drawn if on else UNMIXED, output)
+            self._leave_note(live.drawn if on else UNMIXED, module.training, output)
 
-    def _leave_note(self, drawn: Drawn, output: Any) -> None:
+    def _leave_note(self, drawn: Drawn, training: bool, output: Any) -> None:
         live = self.live
         if not torch.is_grad_enabled():
-            if drawn is not UNMIXED and drawn not in live.blind:
+            if training and drawn not in live.blind:
                 live.blind = [*live.blind[-1:], drawn]  # two are enough to know that there is more than one
             return
 

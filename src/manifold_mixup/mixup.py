@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from manifold_mixup.cutpoints import Discovery, choose_layers, discover, resolve_name
 from manifold_mixup.errors import AlreadyAttached, LayerNotReached, MixerRemoved
@@ -103,6 +104,9 @@ class ManifoldMixup:
             self._root.register_forward_hook(AfterForward(self._live)),
             self._root.register_forward_hook(EndForward(self._live), always_call=True),
         ]
+        # Hooks hold the state and not the mixer: one that nobody holds any more takes its hooks along.
+        self._detach = weakref.finalize(self, _remove, self._handles, self._live)
+        self._detach.atexit = False
         self._removed = False
         self._warned = False
         self._last: Draw | None = None
@@ -151,10 +155,7 @@ class ManifoldMixup:
             PairingError: a pairing callable returned something else than a pairing.
             MixerRemoved: after ``remove()``.
         """
-        if self._removed:
-            raise MixerRemoved(
-                "This mixer is not attached to a model (it was removed, or it is a copy). Make a new one."
-            )
+        self._refuse_if_removed()
         self._retire()
         size = common_size(x, y)
         if not self._root.training:
@@ -183,10 +184,7 @@ class ManifoldMixup:
         Returns:
             S. Raises what ``mixup(x, y)`` raises on the first batch.
         """
-        if self._removed:
-            raise MixerRemoved(
-                "This mixer is not attached to a model (it was removed, or it is a copy). Make a new one."
-            )
+        self._refuse_if_removed()
         found = discover(self._root, args, kwargs)
         self._attach(choose_layers(self._root, self._request, found), found)
         assert self._layers is not None
@@ -203,10 +201,7 @@ class ManifoldMixup:
 
     def remove(self) -> None:
         """Detach from the model and leave no trace on it. Calling it again does nothing."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self._live.armed = self._live.on = False
+        _remove(self._handles, self._live)
         self._removed = True
         _ATTACHED.discard(self)
 
@@ -235,11 +230,15 @@ class ManifoldMixup:
     def __deepcopy__(self, memo: Any) -> ManifoldMixup:
         """A copy is not attached to anything: a copied model has its teacher's role and never mixes."""
         copy = object.__new__(type(self))
-        copy.__dict__.update({k: v for k, v in self.__dict__.items() if k not in ("_handles", "_live")})
+        copy.__dict__.update({k: v for k, v in self.__dict__.items() if k not in ("_handles", "_live", "_detach")})
         copy._handles, copy._live, copy._removed = [], Live(), True
         return copy
 
     # ---------------------------------------------------------------- how it is done
+
+    def _refuse_if_removed(self) -> None:
+        if self._removed:
+            raise MixerRemoved("This mixer is not attached to a model (it was removed, or is a copy). Make a new one.")
 
     def _own_generator(self) -> torch.Generator:
         """Seeded at the first use: by then the process knows its rank."""
@@ -361,6 +360,13 @@ class ManifoldMixup:
                     "make the classes linearly separable only with dim(H) >= d - 1 (Verma et al. 2019, Theorem 1).",
                     stacklevel=3,
                 )
+
+
+def _remove(handles: list[RemovableHandle], live: Live) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+    live.armed = live.on = False
 
 
 _ROOT_HOOKS = 3  # handles of the hooks on the model itself come first
