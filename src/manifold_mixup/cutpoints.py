@@ -7,6 +7,7 @@ tensors away and no path is left. Then, and only then, mixing them mixes all tha
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import random
 import sys
 import warnings
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manifold_mixup.dataflow import Call, Graph, Leaf, record, shapes_by_call
+from manifold_mixup.dataflow import record, shapes_by_call
 from manifold_mixup.errors import (
     BatchMismatch,
     DataFlowLost,
@@ -26,7 +27,20 @@ from manifold_mixup.errors import (
     LayerNotReached,
     NotACutPoint,
 )
-from manifold_mixup.structure import batch_size, map_tensors
+from manifold_mixup.graph import Call, Graph, Leaf
+from manifold_mixup.masks import (
+    MaskPlan,
+    Place,
+    Rule,
+    features,
+    find_masks,
+    judge,
+    mask_plans,
+    padding_values,
+    probed,
+    tested,
+)
+from manifold_mixup.structure import Path, at, batch_size, map_tensors
 
 __all__ = ["CutPoint", "Discovery", "choose_layers", "cut_points", "discover", "resolve_name"]
 
@@ -44,6 +58,7 @@ class CutPoint:
         compute: share of the forward's FLOPs spent up to and with this call, in [0, 1].
         own_compute: share of the forward's FLOPs spent inside this call.
         stage_end: whether it closes a run of cut points of one shape (the paper's "resblock").
+        masks: whether masks reach past it, so that mixing here unites those of the two examples.
     """
 
     name: str
@@ -52,6 +67,7 @@ class CutPoint:
     compute: float
     own_compute: float
     stage_end: bool = False
+    masks: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,7 +78,11 @@ class Discovery:
     outputs: list[tuple[int, ...]]  # shapes of the model's outputs, without the batch where they have it
     heads: int  # how many of them have it
     mixable: dict[str, tuple[bool, ...]]  # for each call: which of the tensors it returns are floating and per example
+    plans: dict[str, MaskPlan]  # for every cut point: what happens to masks
+    rules: dict[Place, Rule]
+    masked: frozenset[Path]  # the inputs that are masks
     _graph: Graph
+    _unmasked: dict[str, str]  # why masks forbid a cut
 
     def explain(self, name: str) -> NotACutPoint | LayerNotReached:
         """Why ``name`` is no cut point: the error to raise."""
@@ -71,7 +91,7 @@ class Discovery:
             kinds = {
                 label
                 for leaf, label in zip(graph.source_leaves, graph.sources.values(), strict=True)
-                if not leaf.floating
+                if not leaf.floating and leaf.node not in graph.masks
             }
             return NotACutPoint(name, f"{_list(kinds)} holds integers, which cannot be interpolated.", None)
         call = next((c for c in graph.calls if c.key == name), None)
@@ -82,7 +102,7 @@ class Discovery:
             return LayerNotReached(
                 f"The module {base!r} is {times} in a forward of the model, so {name!r} cannot be mixed."
             )
-        block = [leaf.node for leaf in call.leaves if leaf.node is not None and graph.between[leaf.node]]
+        block = [leaf.node for leaf in features(graph, call) if leaf.node is not None]
         if not block:
             return NotACutPoint(name, "what it returns does not depend on the input, or does not reach the output.")
         if not graph.separates(block):
@@ -91,6 +111,15 @@ class Discovery:
             return NotACutPoint(
                 name, f"{source} reaches {target} without passing through it.", graph.where[start] or None
             )
+        if call.packed:
+            return NotACutPoint(
+                name,
+                "it returns a PackedSequence, whose rows are time steps of all examples and not examples. Mix before "
+                "the packing (the embedding), or after it: what a module of its own computes from the last hidden "
+                "state or from pad_packed_sequence.",
+            )
+        if name in self._unmasked:
+            return NotACutPoint(name, self._unmasked[name], None)
         return NotACutPoint(
             name,
             f"it returns a tensor that does not hold one row per example in dimension 0, or holds integers "
@@ -189,36 +218,52 @@ def discover(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         raise BatchMismatch(
             "Cut points are found on a batch, but the inputs hold " + ("no rows." if size == 0 else "no tensor.")
         )
+    masks = find_masks(model, args, kwargs, size)
+    pads = padding_values(model)
     with _undisturbed(model):
         try:
-            graph = record(model, _rows(args, size, _ROWS), _rows(kwargs, size, _ROWS), _ROWS)
-            grown = shapes_by_call(model, _rows(args, size, _ROWS + 1), _rows(kwargs, size, _ROWS + 1))
+            two = probed((_rows(args, size, _ROWS), _rows(kwargs, size, _ROWS)), masks)
+            graph = record(model, two[0], two[1], _ROWS, [at(two, path) for path in masks], pads)
+            plans = mask_plans(graph, masks)
+            ids = list(tested(graph))
+            three = probed((_rows(args, size, _ROWS + 1), _rows(kwargs, size, _ROWS + 1)), masks, ids)
+            watch = {place for plan in plans.values() if isinstance(plan, MaskPlan) for place in plan.places}
+            grown = shapes_by_call(model, three[0], three[1], watch)
         except Exception as error:
             raise DiscoveryFailed(
-                f"The forward that looks for the cut points raised {type(error).__name__}: {error} "
-                "Call mixup(x, y) with x as the model takes it (device, dtype, preprocessing); x may be a tuple of "
-                "positional or a dict of keyword arguments. Or name S yourself: layers=[...], check=False."
+                f"The forward that looks for the cut points, on {_ROWS} and on {_ROWS + 1} rows of the batch, raised "
+                f"{type(error).__name__}: {str(error).rstrip('.')}. Call mixup(x, y) with x as the model takes it "
+                "(device, dtype, preprocessing); x may be a tuple of positional or a dict of keyword arguments. Or "
+                "name S yourself: layers=[...], check=False."
             ) from error
     if not any(leaf.node is not None and graph.between[leaf.node] for leaf in graph.outputs):
         lost = next((graph.where[n] for n in graph.parents[-1] if graph.what[n].endswith("()")), None)
-        place = f" It leaves PyTorch in {lost!r}." if lost else ""
+        where = repr(lost) if lost else "the model's own forward"
+        place = f" It leaves PyTorch in {where}." if lost is not None else ""
         raise DataFlowLost(
             f"No path of tensors leads from the inputs to the outputs of {type(model).__name__}, so no cut point can "
             f"be proven.{place} If you know where it may be mixed, name S yourself: layers=[...], check=False."
         )
+    rules, reasons = judge(graph, plans, grown.arguments)
     # "input" is k = 0, also where a module has that name: such a module cannot be in S.
-    mixable = {c.key: _per_example(c, grown.get(c.key, [])) for c in graph.calls if c.key != INPUT}
+    mixable = {c.key: _per_example(graph, c, grown.by_call.get(c.key, [])) for c in graph.calls if c.key != INPUT}
     heads = [leaf.shape[:1] == (_ROWS,) for leaf in graph.outputs]
     outputs = [leaf.shape[1:] if head else leaf.shape for leaf, head in zip(graph.outputs, heads, strict=True)]
-    return Discovery(_cut_points(graph, mixable), outputs, sum(heads), mixable, graph)
+    sound = {key: plan for key, plan in plans.items() if isinstance(plan, MaskPlan) and key not in reasons}
+    return Discovery(
+        _cut_points(graph, mixable, sound), outputs, sum(heads), mixable, sound, rules, frozenset(masks), graph, reasons
+    )
 
 
-def _per_example(call: Call, grown: list[tuple[int, ...]]) -> tuple[bool, ...]:
+def _per_example(graph: Graph, call: Call, grown: list[tuple[int, ...]]) -> tuple[bool, ...]:
     """Which tensors are floating and have the batch as dimension 0: it grows with the batch and no other does."""
     if len(grown) != len(call.leaves):
         return (False,) * len(call.leaves)
     return tuple(
-        leaf.floating and leaf.shape[:1] == (_ROWS,) and shape == (_ROWS + 1, *leaf.shape[1:])
+        leaf.floating
+        and leaf.node not in graph.masks
+        and leaf.shape[:1] == (_ROWS,)
+        and shape == (_ROWS + 1, *leaf.shape[1:])
         for leaf, shape in zip(call.leaves, grown, strict=True)
     )
 
@@ -229,26 +274,22 @@ def _point(name: str, leaves: Sequence[Leaf], compute: float, own: float) -> Cut
     return CutPoint(name, shapes[0] if len(shapes) == 1 else shapes, features, compute, own)
 
 
-def _cut_points(graph: Graph, mixable: dict[str, tuple[bool, ...]]) -> list[CutPoint]:
+def _cut_points(graph: Graph, mixable: dict[str, tuple[bool, ...]], plans: dict[str, MaskPlan]) -> list[CutPoint]:
     found = []
-    if graph.source_leaves and all(leaf.floating for leaf in graph.source_leaves):
-        found.append(_point(INPUT, graph.source_leaves, 0.0, 0.0))
+    sources = [leaf for leaf in graph.source_leaves if leaf.node not in graph.masks]
+    if sources and all(leaf.floating for leaf in sources):
+        point = _point(INPUT, sources, 0.0, 0.0)
+        found.append(dataclasses.replace(point, masks=INPUT in plans))
     total = graph.cost or 1.0
     for call in graph.calls:
-        if call.key not in mixable:
-            continue
-        on_path = [
-            (leaf, ok)
-            for leaf, ok in zip(call.leaves, mixable[call.key], strict=True)
-            if leaf.node is not None and graph.between[leaf.node]
-        ]
-        if not call.key or not on_path or not all(ok for _, ok in on_path):
-            continue
-        if graph.separates([leaf.node for leaf, _ in on_path if leaf.node is not None]):
+        leaves = features(graph, call)
+        known = dict(zip(map(id, call.leaves), mixable.get(call.key, ()), strict=False))
+        if call.key in plans and all(known.get(id(leaf)) for leaf in leaves):
             own = (call.cost_after - call.cost_before) / total
-            found.append(_point(call.key, [leaf for leaf, _ in on_path], call.cost_after / total, own))
+            point = _point(call.key, leaves, call.cost_after / total, own)
+            found.append(dataclasses.replace(point, masks=bool(plans[call.key].unite)))
     ends = {stage_end.name for stage_end in _stage_ends(found)}
-    return [CutPoint(**{**vars(p), "stage_end": p.name in ends}) for p in found]
+    return [dataclasses.replace(p, stage_end=p.name in ends) for p in found]
 
 
 def _candidates(points: Sequence[CutPoint]) -> list[CutPoint]:
@@ -272,7 +313,8 @@ def auto_layers(points: Sequence[CutPoint]) -> list[str]:
 
     A stage end counts with a tenth of the compute of its own, before three quarters of the whole, and a tenth after
     the one before. What is missing (networks of one stage) is filled with the candidates nearest to a quarter and to a
-    half. The input is left out where it cannot be mixed.
+    half. The input is left out where it cannot be mixed; if nothing is left then, the last cut point before the
+    head is taken.
     """
     chosen: list[CutPoint] = []
     for end in _stage_ends(points):
@@ -284,6 +326,8 @@ def auto_layers(points: Sequence[CutPoint]) -> list[str]:
         if len(chosen) < 2 and free:
             # Of a container and its last child, which are equally far, take the container.
             chosen.append(min(reversed(free), key=lambda p: round(abs(p.compute - target), 6)))
+    if not chosen and not any(p.name == INPUT for p in points):
+        chosen = [p for p in points if p.compute < 0.95][-1:]  # an embedding, say: better than nothing
     order = {p.name: i for i, p in enumerate(points)}
     names = sorted((p.name for p in chosen), key=order.__getitem__)
     return [INPUT, *names] if any(p.name == INPUT for p in points) else names
@@ -318,7 +362,8 @@ def choose_layers(
     if isinstance(layers, str):
         chosen = auto_layers(discovery.cut_points)
         if not chosen:
-            raise NotACutPoint("auto", "neither the input nor any module of this model is a cut point.")
+            others = [p.name for p in discovery.cut_points]
+            raise NotACutPoint("auto", _no_choice(discovery, others))
         return chosen
     names = layers(list(discovery.cut_points)) if callable(layers) else layers
     points = {p.name for p in discovery.cut_points}
@@ -331,6 +376,14 @@ def choose_layers(
             raise discovery.explain(name)
         chosen.append(name)
     return list(dict.fromkeys(chosen))
+
+
+def _no_choice(discovery: Discovery, names: list[str]) -> str:
+    if not names:
+        return "neither the input nor any module of this model is one."
+    why = discovery.explain(INPUT)
+    input_too = f" The input cannot be mixed: {why.reason}" if isinstance(why, NotACutPoint) else ""
+    return f"the only cut points are {_list(set(names))}, behind which there is nothing left to learn.{input_too} To mix there all the same, name them: layers=[{names[-1]!r}]."
 
 
 def cut_points(model: nn.Module, /, *inputs: Any, **kwargs: Any) -> list[CutPoint]:

@@ -1,9 +1,4 @@
-"""One forward pass, written down as a graph of tensors: who was computed from whom, and inside which module.
-
-Nodes are numbered in the order of their creation, so every edge points forward and a cut can be read off the numbering:
-on the part of the graph that lies between inputs and outputs, a node is on every path exactly if no edge jumps over it.
-(If one does, follow it: the path before it has smaller numbers, the path after it larger ones.) A module that returns
-several tensors makes one block of consecutive nodes, and the same holds for the block.
+"""One forward pass, recorded as a :class:`Graph` of tensors.
 
 Tensors are told apart as Python objects, for a skip connection may hold the very tensor that a module was given; what
 is written in place is seen by every tensor object that shares the storage and existed before.
@@ -14,7 +9,7 @@ from __future__ import annotations
 import functools
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,95 +19,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from manifold_mixup.structure import map_tensors, tensors
+from manifold_mixup.graph import Call, Entry, Graph, Leaf
+from manifold_mixup.structure import Path, at, map_tensors, paths, replace_at, tensors
 
-__all__ = ["Call", "Graph", "Leaf", "record", "shapes_by_call"]
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """One tensor that a module call returned: its node (None if no input went into it), its shape, its kind."""
-
-    node: int | None
-    shape: tuple[int, ...]
-    floating: bool
-
-
-@dataclass
-class Call:
-    """One call of a module: ``key`` is its name, with ``#2`` and so on from the second call on."""
-
-    key: str
-    leaves: list[Leaf]
-    cost_before: float
-    cost_after: float
-
-
-@dataclass
-class Graph:
-    """The recorded forward. ``parents[i]`` are the nodes that node i was computed from."""
-
-    parents: list[tuple[int, ...]] = field(default_factory=list)
-    where: list[str] = field(default_factory=list)
-    what: list[str] = field(default_factory=list)
-    sources: dict[int, str] = field(default_factory=dict)
-    source_leaves: list[Leaf] = field(default_factory=list)
-    calls: list[Call] = field(default_factory=list)
-    outputs: list[Leaf] = field(default_factory=list)
-    cost: float = 0.0
-    operations: int = 0
-
-    def add(self, parents: Iterable[int], where: str, what: str) -> int:
-        """Append a node and return its number."""
-        self.parents.append(tuple(parents))
-        self.where.append(where)
-        self.what.append(what)
-        return len(self.parents) - 1
-
-    @functools.cached_property
-    def between(self) -> list[bool]:
-        """Which nodes lie on a path from an input to the output. The last node is the output."""
-        size = len(self.parents)
-        reached, used = [False] * size, [False] * size
-        for node, parents in enumerate(self.parents):
-            reached[node] = node in self.sources or any(reached[p] for p in parents)
-        used[-1] = True
-        for node in range(size - 1, -1, -1):
-            if used[node]:
-                for parent in self.parents[node]:
-                    used[parent] = True
-        return [a and b for a, b in zip(reached, used, strict=True)]
-
-    @functools.cached_property
-    def _jumps(self) -> list[int]:
-        """How many edges between inputs and output jump over each node."""
-        change = [0] * (len(self.parents) + 1)
-        for start, end in self.edges():
-            change[start + 1] += 1
-            change[end] -= 1
-        total, jumps = 0, []
-        for step in change[:-1]:
-            total += step
-            jumps.append(total)
-        return jumps
-
-    def edges(self) -> Iterable[tuple[int, int]]:
-        """All edges on paths from the inputs to the output."""
-        for end, parents in enumerate(self.parents):
-            if self.between[end]:
-                for start in parents:
-                    if self.between[start]:
-                        yield start, end
-
-    def separates(self, block: Sequence[int]) -> bool:
-        """Whether every path from the inputs to the output passes through the block of consecutive siblings."""
-        landing = sum(self.between[p] for node in block[1:] for p in self.parents[node])
-        return self._jumps[block[0]] == landing
-
-    def bypass(self, block: Sequence[int]) -> tuple[int, int]:
-        """The nearest edge (start, end) that jumps over the block."""
-        over = ((a, b) for a, b in self.edges() if a < block[0] and b > block[-1])
-        return max(over, key=lambda edge: (edge[0], -edge[1]))
+__all__ = ["Shapes", "record", "shapes_by_call"]
 
 
 def _rnn_cost(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> float:
@@ -153,9 +63,10 @@ def _storage(tensor: Tensor) -> int:
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every operator, below autograd, and every module call through the hooks of :func:`record`."""
 
-    def __init__(self) -> None:
+    def __init__(self, pads: Collection[float]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.graph = Graph()
+        self.pads = pads
         self.scope: list[str] = [""]
         self._nodes: dict[int, int] = {}  # id of a tensor object -> its node
         self._storage_nodes: dict[int, list[int]] = defaultdict(list)
@@ -196,7 +107,34 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in tensors(out):
             if not any(tensor is t for t in changed):
                 self.register(tensor, self.graph.add(parents, self.scope[-1], func.__name__))
+        if self.graph.carried and len(parents) == 1 and parents[0] in self.graph.carried:
+            self._padding_test(func, args)
         return out
+
+    def _padding_test(self, func: Any, args: Any) -> None:
+        """Token ids that are compared with a number tell which positions are padding: that is a mask."""
+        if func.overloadpacket in (torch.ops.aten.ne, torch.ops.aten.eq) and len(args) > 1:
+            other = args[1]
+            if (not isinstance(other, Tensor) or other.numel() == 1) and float(other) in self.pads:
+                node = len(self.graph.parents) - 1
+                self.graph.tests[node] = float(other)
+                self.graph.masks.add(node)
+
+    def enter(self, key: str, call: Call, args: Any, kwargs: Any) -> Any:
+        """Put an alias in the place of every mask, and of integers as they came in, that a module call is given."""
+        graph, arguments, found = self.graph, (args, kwargs), []
+        for path, tensor in paths(arguments):
+            node = self._nodes.get(id(tensor))
+            if node is not None and graph.auxiliary(node) and not self._writes.get(_storage(tensor)):
+                found.append((path, tensor, node))
+        for path, tensor, node in found:
+            alias = tensor.detach()  # recorded as an operator: the last node is its
+            entry = len(graph.parents) - 1
+            if node in graph.carried:
+                graph.carried[entry] = graph.carried[node]
+            graph.entries.append(Entry(entry, key, call, path, tuple(tensor.shape)))
+            arguments = replace_at(arguments, path, alias)
+        return arguments if found else None
 
     def leaves(self, value: Any) -> list[Leaf]:
         return [Leaf(self._nodes.get(id(t)), tuple(t.shape), t.is_floating_point()) for t in tensors(value)]
@@ -238,7 +176,14 @@ class _Keys:
         return name if self.counts[name] == 1 else f"{name}#{self.counts[name]}"
 
 
-def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> Graph:
+def record(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    rows: int,
+    masks: Sequence[Tensor] = (),
+    pads: Collection[float] = (),
+) -> Graph:
     """Run ``model(*args, **kwargs)`` once and write down its data flow.
 
     Args:
@@ -246,32 +191,50 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rows
         args: positional inputs; tensors with ``rows`` rows are the sources of the graph.
         kwargs: the same by name.
         rows: the batch size.
+        masks: those of the inputs that are masks.
+        pads: token ids that mean padding.
     """
-    recorder, keys, names = _Recorder(), _Keys(), _named(model)
+    recorder, begun, keys, names = _Recorder(pads), _Keys(), _Keys(), _named(model)
     graph = recorder.graph
     for label, value in [*((f"input {i}" if i else "input", a) for i, a in enumerate(args)), *kwargs.items()]:
         for tensor in tensors(value):
             if tensor.dim() and tensor.shape[0] == rows:
                 node = graph.add((), "", "input")
                 graph.sources[node] = label
+                if any(tensor is mask for mask in masks):
+                    graph.masks.add(node)
+                elif not tensor.is_floating_point():
+                    graph.carried[node] = node
                 recorder.register(tensor, node)
                 graph.source_leaves.append(Leaf(node, tuple(tensor.shape), tensor.is_floating_point()))
-    started: list[float] = []
+    started: list[Call] = []
+    auxiliary = bool(graph.masks or graph.carried)
 
-    def enter(module: nn.Module, _: Any) -> None:
-        recorder.scope.append(names[id(module)])
-        started.append(graph.cost)
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        name = names[id(module)]
+        recorder.scope.append(name)
+        started.append(Call("", [], graph.cost, 0.0, len(graph.parents)))
+        return recorder.enter(begun.next(name), started[-1], args, kwargs) if auxiliary else None
 
     def leave(module: nn.Module, _: Any, output: Any) -> Any:
         # A fresh alias stands for "what the module returned": mixing replaces exactly what is computed from it.
         output = map_tensors(Tensor.detach, output)
         recorder.scope.pop()
-        name = names[id(module)]
-        graph.calls.append(Call(keys.next(name), recorder.leaves(output), started.pop(), graph.cost))
+        call = started.pop()
+        call.key = keys.next(names[id(module)])
+        call.packed = any(
+            isinstance(v, nn.utils.rnn.PackedSequence) for v in (output if type(output) in (tuple, list) else (output,))
+        )
+        call.leaves, call.cost_after, call.end = recorder.leaves(output), graph.cost, len(graph.parents)
+        graph.calls.append(call)
         return output
 
     modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
-    handles = [h for m in modules for h in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
+    handles = [
+        h
+        for m in modules
+        for h in (m.register_forward_pre_hook(enter, with_kwargs=True), m.register_forward_hook(leave))
+    ]
     try:
         with recorder, _Exits(recorder):
             output = model(*args, **kwargs)
@@ -284,19 +247,38 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rows
     return graph
 
 
-def shapes_by_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, list[tuple[int, ...]]]:
-    """Run ``model(*args, **kwargs)`` once; the shapes of the tensors that every module call returned."""
-    keys, names = _Keys(), _named(model)
-    shapes: dict[str, list[tuple[int, ...]]] = {}
+@dataclass
+class Shapes:
+    """The shapes of the tensors that every module call returned, and the arguments that were asked for."""
+
+    by_call: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
+    arguments: dict[tuple[str, Path], Any] = field(default_factory=dict)
+
+
+def shapes_by_call(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], watch: Collection[tuple[str, Path]] = ()
+) -> Shapes:
+    """Run ``model(*args, **kwargs)`` once; what every module call returned, and what was given to those to watch."""
+    begun, keys, names, found = _Keys(), _Keys(), _named(model), Shapes()
+    wanted: dict[str, list[Path]] = defaultdict(list)
+    for key, path in watch:
+        wanted[key].append(path)
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        key = begun.next(names[id(module)])
+        for path in wanted.get(key, ()):
+            found.arguments[key, path] = at((args, kwargs), path)
 
     def leave(module: nn.Module, _: Any, output: Any) -> None:
-        shapes[keys.next(names[id(module)])] = [tuple(t.shape) for t in tensors(output)]
+        found.by_call[keys.next(names[id(module)])] = [tuple(t.shape) for t in tensors(output)]
 
     modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     handles = [m.register_forward_hook(leave) for m in modules]
+    if wanted:
+        handles += [m.register_forward_pre_hook(enter, with_kwargs=True) for m in modules]
     try:
         model(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
-    return shapes
+    return found

@@ -52,11 +52,16 @@ class NotACutPoint(ManifoldMixupError, ValueError):
     """Something reaches the model's output without passing through this layer, so mixing here mixes only a part."""
 
     def __init__(self, name: str, reason: str, bypass: str | None = None) -> None:
-        super().__init__(
-            f"{name!r} is not a cut point of the model: {reason} Mixing there would leave part of the features unmixed "
-            "under fully mixed labels. Choose a layer that manifold_mixup.cut_points(model, x) lists, or layers='auto'."
+        advice = (
+            "Mixing there would leave part of the features unmixed under fully mixed labels. Choose a layer that "
+            "manifold_mixup.cut_points(model, x) lists, or layers='auto'."
         )
+        if name == "auto":
+            super().__init__(f"layers='auto' finds no layer to mix at: {reason}")
+        else:
+            super().__init__(f"{name!r} is not a cut point of the model: {reason} {advice}")
         self.name = name
+        self.reason = reason
         self.bypass = bypass
 
 

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from manifold_mixup.errors import BatchMismatch, LayerNotReached, NotACutPoint, RecomputeAmbiguous, UnsupportedModel
 from manifold_mixup.interpolation import Plan, apply_plan, apply_traced
-from manifold_mixup.structure import map_tensors, tensors
+from manifold_mixup.mask_hooks import Masks
+from manifold_mixup.structure import Path, map_tensors, tensors
 
-__all__ = ["EVERY", "INPUT", "AfterForward", "BeforeForward", "Drawn", "EndForward", "Live", "SiteHook"]
+__all__ = ["EVERY", "INPUT", "AfterForward", "BeforeForward", "Drawn", "EndForward", "Live", "MaskHook", "SiteHook"]
 
 INPUT = "input"
 EVERY = "*"
@@ -55,6 +56,8 @@ class Live:
     mixable: dict[str, tuple[bool, ...]] | None = None  # None: not discovered, mix what has the batch size
     heads: int | None = None  # how many tensors with a row per example the model returns in eval mode
     sites: list[SiteHook] = field(default_factory=list)
+    masks: Masks | None = None  # of a model whose layers of S masks reach past
+    mask_sites: list[MaskHook] = field(default_factory=list)
     # For torch.compile: the same draw as tensors on the batch's device.
     kind: str = ""
     index: Tensor | None = None
@@ -63,6 +66,12 @@ class Live:
     # For activation checkpointing.
     recomputing: Drawn | None = None
     blind: list[Drawn] = field(default_factory=list)  # of training forwards without grad, which leave no note
+
+    def layers_now(self, drawn: Drawn) -> tuple[str, ...]:
+        """The layers at which rows are mixed: of this draw, or of the one in force if that is being compiled."""
+        if not torch.compiler.is_compiling():
+            return tuple(drawn.plans)
+        return tuple(self.lam) if self.active == EVERY else (self.active,)
 
 
 def _in_backward() -> bool:
@@ -101,6 +110,7 @@ class _Hook:
             place += 1
             if flags is None:
                 wanted = tensor.is_floating_point() and tensor.dim() > 0 and tensor.shape[0] == drawn.size
+                wanted = wanted and not (live.masks is not None and live.masks.holds(tensor))
             else:
                 wanted = place < len(flags) and flags[place]
             if not wanted:
@@ -108,7 +118,11 @@ class _Hook:
             if tensor.dim() == 0 or tensor.shape[0] != drawn.size:
                 raise BatchMismatch(_mismatch(key, tensor, drawn.size))
             mixed += 1
-            if torch.compiler.is_compiling():
+            traced = torch.compiler.is_compiling()
+            if live.masks is not None:
+                weight = live.lam[key] if traced else drawn.plans[key].own
+                tensor = live.masks.silence(key, mixed - 1, tensor, weight)
+            if traced:
                 assert live.index is not None
                 return apply_traced(tensor, live.kind, live.index, live.inverse, live.lam[key])
             return apply_plan(tensor, drawn.plans[key])
@@ -177,6 +191,42 @@ class SiteHook(_Hook):
         return self.mix(drawn, key, output)
 
 
+class MaskHook(_Hook):
+    """Forward pre-hook on one module that is given masks, for all of its calls."""
+
+    def __init__(self, live: Live, name: str, calls: dict[str, list[Path]], root: nn.Module) -> None:
+        super().__init__(live)
+        self.name = name
+        self.paths = calls
+        self.calls = 0
+        self.root = root
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Give this call the masks that it has to see."""
+        live = self.live
+        again = _in_backward()
+        if not again and not live.on:
+            return None
+        if not again:
+            self.calls += 1
+        elif self.calls > 1:
+            self._refuse(repeated_draw(live, self.root))
+        key = self.name if self.calls <= 1 else f"{self.name}#{self.calls}"
+        paths = self.paths.get(key)
+        if paths is None or live.masks is None:
+            return None
+        drawn = repeated_draw(live, self.root) if again else live.drawn
+        return live.masks.enter(live, drawn, key, paths, (args, kwargs))
+
+    def _refuse(self, drawn: Drawn) -> None:
+        if drawn.plans:
+            raise RecomputeAmbiguous(
+                f"{self.name!r} is called {self.calls} times in a forward and activation checkpointing recomputes it: "
+                "which call that is cannot be told, so nor can the mask it has to see. Do not checkpoint it, or leave "
+                "the layers that its mask reaches past out of S."
+            )
+
+
 def repeated_draw(live: Live, root: nn.Module) -> Drawn:
     """The draw of the forward that is being recomputed."""
     if live.recomputing is not None:
@@ -207,21 +257,28 @@ class BeforeForward(_Hook):
         if _in_backward():
             drawn = repeated_draw(live, module)
             live.blind = [d for d in live.blind if d is not drawn]
-            return self._inputs(drawn, args, kwargs) if INPUT in drawn.plans else None
+            return self._inputs(drawn, INPUT in drawn.plans, args, kwargs)
         live.on = live.armed and not live.paused and module.training
         if not live.on:
             return None
         for site in live.sites:
             site.calls = 0
-        live.fired = 0
-        if live.active == INPUT or (live.active == EVERY and INPUT in live.lam):
-            live.fired = 1
-            return self._inputs(live.drawn, args, kwargs)
-        return None
+        for mask_site in live.mask_sites:
+            mask_site.calls = 0
+        mixes = live.active == INPUT or (live.active == EVERY and INPUT in live.lam)
+        live.fired = int(mixes)
+        return self._inputs(live.drawn, mixes, args, kwargs)
 
-    def _inputs(self, drawn: Drawn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        mixed = self.mix(drawn, INPUT, [args, kwargs])
-        return mixed[0], mixed[1]
+    def _inputs(self, drawn: Drawn, mixes: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the model is given: the masks that it has to see, and the mixed input if that is the layer drawn."""
+        live, arguments = self.live, (args, kwargs)
+        if live.masks is not None:
+            live.masks.begin()
+            arguments = live.masks.enter(live, drawn, "", live.masks.root, arguments)
+        if mixes:
+            args, kwargs = self.mix(drawn, INPUT, [*arguments])
+            return args, kwargs
+        return None if live.masks is None else arguments
 
 
 class AfterForward(_Hook):

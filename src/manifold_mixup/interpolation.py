@@ -58,7 +58,10 @@ class Partner:
             raise PairingError(f"Partner indices must be integers, not {index.dtype}.")
         index = index.detach().to("cpu", torch.int64)
         if index.shape != (size,):
-            raise PairingError(f"Expected {size} partner indices, shape ({size},), but got shape {tuple(index.shape)}.")
+            raise PairingError(
+                f"Expected {size} partner indices, shape ({size},), but got shape {tuple(index.shape)}: the pairing "
+                "has to give one row number for every row of the batch."
+            )
         if size and (int(index.min()) < 0 or int(index.max()) >= size):
             raise PairingError(
                 f"Partner indices must lie in [0, {size}), but range over [{int(index.min())}, {int(index.max())}]."

@@ -14,8 +14,9 @@ from torch.utils.hooks import RemovableHandle
 
 from manifold_mixup.cutpoints import Discovery, choose_layers, discover, resolve_name
 from manifold_mixup.errors import AlreadyAttached, LayerNotReached, MixerRemoved
-from manifold_mixup.hooks import EVERY, INPUT, AfterForward, BeforeForward, Drawn, EndForward, Live, SiteHook
+from manifold_mixup.hooks import EVERY, INPUT, AfterForward, BeforeForward, Drawn, EndForward, Live, MaskHook, SiteHook
 from manifold_mixup.interpolation import Pairing, Partner, Plan, draw_lam, draw_partner
+from manifold_mixup.mask_hooks import Masks
 from manifold_mixup.structure import map_tensors, tensors
 from manifold_mixup.target import MixedTarget
 from manifold_mixup.validation import Layers, common_size, unwrap, validate
@@ -267,11 +268,23 @@ class ManifoldMixup:
         live = self._live
         live.sites = [SiteHook(live, base, frozenset(names), self._root) for base, names in keys.items()]
         self._handles += [self._root.get_submodule(s.name).register_forward_hook(s) for s in live.sites]
+        self._attach_masks(layers, found)
         live.mixable = found.mixable if found else None
         live.heads = found.heads if found else None
         self._outputs = found.outputs if found else []
         self._features = {p.name: p.features for p in found.cut_points} if found else {}
         self._layers = layers
+
+    def _attach_masks(self, layers: list[str], found: Discovery | None) -> None:
+        """Hook every module that has to be given other masks where a layer of S is mixed."""
+        live = self._live
+        plans = {k: found.plans[k] for k in layers if k in found.plans and found.plans[k].places} if found else {}
+        live.masks = Masks(plans, found.rules) if plans and found else None
+        calls = live.masks.places() if live.masks else {}
+        live.mask_sites = [MaskHook(live, name, paths, self._root) for name, paths in calls.items() if name]
+        self._handles += [
+            self._root.get_submodule(s.name).register_forward_pre_hook(s, with_kwargs=True) for s in live.mask_sites
+        ]
 
     def _draw(self, size: int, y: Any) -> tuple[Draw, Partner, Drawn]:
         generator, layers = self._own_generator(), self._layers or []

@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["batch_size", "map_tensors", "tensors"]
+__all__ = ["Path", "at", "batch_size", "map_tensors", "paths", "replace_at", "tensors"]
+
+Path = tuple[Any, ...]  # indices, keys and field names that lead to a tensor
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
@@ -53,6 +55,42 @@ def tensors(value: Any) -> Iterator[Tensor]:
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         for field in dataclasses.fields(value):
             yield from tensors(getattr(value, field.name))
+
+
+def paths(value: Any, prefix: Path = ()) -> Iterator[tuple[Path, Tensor]]:
+    """Every tensor in tuples, lists and mappings, with the way to it."""
+    if isinstance(value, Tensor):
+        yield prefix, value
+    elif isinstance(value, (tuple, list)):
+        for i, item in enumerate(value):
+            yield from paths(item, (*prefix, i))
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from paths(item, (*prefix, key))
+
+
+def at(value: Any, path: Path) -> Any:
+    """What lies at ``path`` of nested tuples, lists and mappings; None where the way ends before."""
+    for step in path:
+        if isinstance(value, (tuple, list)):
+            value = value[step] if isinstance(step, int) and step < len(value) else None
+        else:
+            value = value.get(step) if isinstance(value, Mapping) else None
+    return value
+
+
+def replace_at(value: Any, path: Path, new: Any) -> Any:
+    """``value`` with another thing at ``path``; the original is left as it was."""
+    if not path:
+        return new
+    step, rest = path[0], path[1:]
+    inner = replace_at(value[step], rest, new)
+    if isinstance(value, tuple):
+        items = [*value[:step], inner, *value[step + 1 :]]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    rebuilt = {**value} if type(value) is dict else copy.copy(value)  # torch.compile cannot follow copy of a dict
+    rebuilt[step] = inner
+    return rebuilt
 
 
 def batch_size(value: Any) -> int | None:

@@ -19,7 +19,16 @@ from torch import Tensor
 from manifold_mixup.errors import BatchMismatch, MixedTargetMisuse
 from manifold_mixup.losses import LOSSES, weight_of_l1_loss
 from manifold_mixup.structure import map_tensors, tensors
-from manifold_mixup.target_checks import Lam, check_pair, checked_lam, index_of_rows, is_index, rows_of_lam, summary
+from manifold_mixup.target_checks import (
+    Lam,
+    check_pair,
+    checked_lam,
+    index_of_rows,
+    is_index,
+    one_row_each,
+    rows_of_lam,
+    summary,
+)
 
 __all__ = ["MixedTarget"]
 
@@ -375,6 +384,8 @@ def _mixed_loss(loss: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
         target._tensors(f"{loss.__name__}()")
     if not all(_same_draw(first, other) for other in others):
         raise MixedTargetMisuse(f"{loss.__name__}() was given mixed targets of different draws.")
+    if loss in (F.cross_entropy, F.nll_loss):
+        one_row_each(args[0] if args else kwargs.get("input"), first.y)
 
     def loss_of(half: str) -> Any:
         def plain(value: Any) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 from manifold_mixup.errors import BatchMismatch, MixedTargetMisuse
 from manifold_mixup.structure import map_tensors, tensors
 
-__all__ = ["Lam", "check_pair", "checked_lam", "index_of_rows", "is_index", "rows_of_lam", "summary"]
+__all__ = ["Lam", "check_pair", "checked_lam", "index_of_rows", "is_index", "one_row_each", "rows_of_lam", "summary"]
 
 Lam = float | Tensor
 
@@ -117,3 +117,13 @@ class _Brief:
 
     def __repr__(self) -> str:
         return self.text
+
+
+def one_row_each(output: Any, y: Tensor) -> None:
+    """Refuse an output with another number of rows than the targets have."""
+    if isinstance(output, Tensor) and output.dim() > 1 and y.dim() and output.shape[0] != y.shape[0]:
+        raise BatchMismatch(
+            f"The model returned {output.shape[0]} rows for {y.shape[0]} mixed targets, so which of them belong "
+            "together cannot be told. Give the loss one row for every example: slice what the model returns, or, "
+            "where it is flattened, flatten the target as well (target.view(-1))."
+        )

@@ -81,7 +81,10 @@ def common_size(x: Any, y: Any) -> int:
         raise BatchMismatch("x holds no tensor with a batch dimension.")
     for tensor in tensors(y):
         if not tensor.dim() or tensor.shape[0] != size:
-            raise BatchMismatch(f"x has {size} rows, but the targets have shape {tuple(tensor.shape)}.")
+            raise BatchMismatch(
+                f"x has {size} rows, but the targets have shape {tuple(tensor.shape)}. Give one target for every row "
+                "of x; views and pairs belong into a tuple x = (a, b) or into a dimension of their own."
+            )
     if next(tensors(y), None) is None:
         raise BatchMismatch("y holds no tensor: the targets have to be tensors with one row per example.")
     return size

@@ -1,0 +1,118 @@
+"""The hooks that put united masks in the place of the two examples' own, from the layer of the mixing on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from manifold_mixup.masks import MaskPlan, Place, Rule, kept, unite
+from manifold_mixup.structure import Path, at, replace_at
+
+if TYPE_CHECKING:
+    from manifold_mixup.hooks import Drawn, Live
+
+__all__ = ["Masks"]
+
+
+class Masks:
+    """What is known about the masks of one model, and those of the forward that runs.
+
+    ``plans``: for every layer of S that masks reach past, what has to happen. ``own``: united masks, what each of
+    them stands for, and the layers whose rows are united in it. ``held``: the masks that tell which positions of a
+    hidden state are padding.
+    """
+
+    def __init__(self, plans: Mapping[str, MaskPlan], rules: Mapping[Place, Rule]) -> None:
+        self.plans = dict(plans)
+        self.rules = dict(rules)
+        self.root = self.places().get("", {}).get("", [])  # of the model itself
+        self.own: list[tuple[Tensor, Tensor, tuple[str, ...]]] = []
+        self.held: dict[Place, Tensor] = {}
+
+    def places(self) -> dict[str, dict[str, list[Path]]]:
+        """For every module: the paths to look at, for each of its calls."""
+        found: dict[str, dict[str, list[Path]]] = {}
+        for place in sorted({p for plan in self.plans.values() for p in plan.places}, key=repr):
+            key, path = place
+            found.setdefault(key.partition("#")[0], {}).setdefault(key, []).append(path)
+        return found
+
+    def begin(self) -> None:
+        """A forward begins."""
+        self.own = []
+        self.held = {}
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether this is a mask that was put in the place of another, and no features."""
+        return any(united is tensor for united, _, _ in self.own)
+
+    def enter(self, live: Live, drawn: Drawn, key: str, paths: list[Path], arguments: Any) -> Any:
+        """The (args, kwargs) of a module call with the masks that it has to see."""
+        for path in paths:
+            given = at(arguments, path)
+            if not isinstance(given, Tensor) or given.dim() < 2:
+                continue  # no padding in this batch: no mask was made
+            place = (key, path)
+            own, before = next(((mine, keys) for united, mine, keys in self.own if united is given), (given, ()))
+            self.held[place] = own
+            layers = tuple(k for k in live.layers_now(drawn) if k in self.plans and self._unites(k, place, before))
+            if layers == before or own.shape[0] != drawn.size:
+                continue
+            new = self._united(live, drawn, layers, own, self.rules[place]) if layers else own
+            if layers:
+                self.own.append((new, own, layers))
+            arguments = replace_at(arguments, path, new)
+        return arguments
+
+    def _unites(self, layer: str, place: Place, before: tuple[str, ...]) -> bool:
+        """Whether a row that is mixed at ``layer`` sees the union here; ``before``: the layers whose rows came so."""
+        plan = self.plans[layer]
+        return place in plan.unite or (layer in before and place not in plan.restore)
+
+    def _united(self, live: Live, drawn: Drawn, layers: tuple[str, ...], own: Tensor, how: Rule) -> Tensor:
+        """The union for the rows that are mixed at one of ``layers``, the own mask for all others."""
+        traced = torch.compiler.is_compiling()
+        weights = [live.lam[k] if traced else drawn.plans[k].own for k in layers]
+        lam = weights[0]
+        for weight in weights[1:]:  # every row has one layer, and weight 1 at all others
+            assert isinstance(lam, Tensor)
+            assert isinstance(weight, Tensor)
+            lam = torch.minimum(lam, weight)
+        if isinstance(lam, Tensor):
+            lam = lam.to(own.device)
+        if not traced:
+            partner = drawn.plans[layers[0]].partner
+            return unite(partner.own(own), partner.of(own), lam, how)
+        if live.kind == "fold":
+            half = own.shape[0] // 2
+            return unite(own[:half], own[half:], lam, how)
+        assert live.index is not None
+        return unite(own, own.index_select(0, live.index), lam, how)
+
+    def silence(self, key: str, number: int, hidden: Tensor, weight: Any) -> Tensor:
+        """A hidden state whose padded positions are zero, in the rows that are mixed here.
+
+        Args:
+            key: the cut.
+            number: which of the mixed tensors of the cut this is.
+            hidden: shape (n, ...).
+            weight: λ, or one value for every row, 1 where it is not mixed here.
+        """
+        plan = self.plans.get(key)
+        if plan is None or number >= len(plan.keep) or plan.keep[number] is None:
+            return hidden
+        place, dim = plan.keep[number]  # type: ignore[misc]
+        mask = self.held.get(place)
+        if mask is None or mask.shape[0] != hidden.shape[0]:
+            return hidden
+        keep = kept(mask, self.rules[place])
+        if keep.shape[1] != hidden.shape[dim]:
+            return hidden
+        if isinstance(weight, Tensor) and weight.dim() and weight.shape[0] == hidden.shape[0]:
+            keep = keep | (weight == 1.0).to(keep.device).view(-1, 1)
+        shape = [1] * hidden.dim()
+        shape[0], shape[dim] = keep.shape
+        return hidden.masked_fill(~keep.view(shape), 0.0)
