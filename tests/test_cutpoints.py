@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from manifold_mixup import ManifoldMixup, cut_points
-from manifold_mixup.cutpoints import auto_layers
+from manifold_mixup.eligible import auto_layers
 from manifold_mixup.errors import BatchMismatch, DataFlowLost, DiscoveryFailed, LayerNotReached, NotACutPoint
 from networks import NETWORKS, Net, PreActResNet
 

@@ -141,7 +141,7 @@ def test_the_form_for_the_compiler_is_the_same_map(kind, per_example):
     partner = partner_of(kind, 6, 5)
     h = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
     lam = torch.rand(partner.rows_out if per_example else (), dtype=torch.float64)
-    inverse = partner.turned().indices.clone() if partner.kind in ("shift", "permutation") else None
+    inverse = partner.turned.indices.clone() if partner.kind in ("shift", "permutation") else None
     out = apply_traced(h, partner.kind, partner.indices, inverse, lam)
     expected = interpolate(h, partner, lam)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)

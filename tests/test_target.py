@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from manifold_mixup.errors import BatchMismatch, LayerNotReached, ManifoldMixupError, MixedTargetMisuse
 from manifold_mixup.target import MixedTarget
@@ -1019,3 +1020,43 @@ def test_target_knows_nothing_of_networks():
     source = inspect.getsource(inspect.getmodule(MixedTarget))
     imported = set(re.findall(r"^from manifold_mixup\.(\w+) import", source, re.MULTILINE))
     assert imported == {"errors", "losses", "structure", "target_checks"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "rows"), [((16, 10), (16,)), ((4, 5, 7), (4, 7)), ((3, 6, 2, 2), (3, 2, 2))])
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": "sum"}, {"reduction": "none"}, {"weight": None}, {"ignore_index": 2}], ids=str
+)
+def test_the_shared_softmax_changes_no_bit_of_the_cross_entropy(dtype, shape, rows, options):
+    output, (y, partner) = torch.randn(shape).to(dtype).requires_grad_(), torch.randint(shape[1], (2, *rows))
+    options = {**options, "weight": torch.rand(shape[1]).to(dtype)} if "weight" in options else options
+    mixed = F.cross_entropy(output, MixedTarget(y, partner, 0.3), **options)
+    apart = 0.3 * F.cross_entropy(output, y, **options) + 0.7 * F.cross_entropy(output, partner, **options)
+    assert torch.equal(mixed, apart)
+    if dtype == torch.float64:
+        ours, theirs = (torch.autograd.grad(loss.sum(), output)[0] for loss in (mixed, apart))
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_the_shared_softmax_is_as_precise_as_the_cross_entropy_under_autocast(dtype):
+    output, (y, partner) = torch.randn(32, 10).to(dtype), torch.randint(10, (2, 32))
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = F.cross_entropy(output, MixedTarget(y, partner, 0.3))
+        apart = 0.3 * F.cross_entropy(output, y) + 0.7 * F.cross_entropy(output, partner)
+    assert mixed.dtype == apart.dtype
+    assert torch.equal(mixed, apart)
+
+
+def test_a_mixed_cross_entropy_takes_one_softmax():
+    calls = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            calls.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    y, partner = torch.randint(10, (2, 8))
+    with Count():
+        F.cross_entropy(torch.randn(8, 10), MixedTarget(y, partner, 0.3))
+    assert sum("log_softmax" in name for name in calls) == 1

@@ -11,19 +11,20 @@ import dataclasses
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from manifold_mixup.dataflow import record, shapes_by_call
+from manifold_mixup.dataflow import Shapes, record, shapes_by_call
+from manifold_mixup.eligible import INPUT, CutPoint, stage_ends
 from manifold_mixup.errors import (
+    PACKED,
     BatchMismatch,
     DataFlowLost,
     DiscoveryFailed,
-    LayerNotFound,
     LayerNotReached,
     NotACutPoint,
 )
@@ -40,34 +41,9 @@ from manifold_mixup.masks import (
     probed,
     tested,
 )
-from manifold_mixup.structure import Path, at, batch_size, map_tensors
+from manifold_mixup.structure import Path, at, batch_size, map_tensors, paths
 
-__all__ = ["CutPoint", "Discovery", "choose_layers", "cut_points", "discover", "resolve_name"]
-
-INPUT = "input"
-
-
-@dataclass(frozen=True)
-class CutPoint:
-    """A place where mixing is exact.
-
-    Attributes:
-        name: the module's name in ``model.named_modules()``; ``name#2`` is its second call; "input" is the input.
-        shape: of one example's hidden state, without the batch; a tuple of shapes where several tensors form the cut.
-        features: numbers per example, over all tensors of the cut.
-        compute: share of the forward's FLOPs spent up to and with this call, in [0, 1].
-        own_compute: share of the forward's FLOPs spent inside this call.
-        stage_end: whether it closes a run of cut points of one shape (the paper's "resblock").
-        masks: whether masks reach past it, so that mixing here unites those of the two examples.
-    """
-
-    name: str
-    shape: tuple[Any, ...]
-    features: int
-    compute: float
-    own_compute: float
-    stage_end: bool = False
-    masks: bool = False
+__all__ = ["CutPoint", "Discovery", "cut_points", "discover"]
 
 
 @dataclass(frozen=True)
@@ -80,9 +56,15 @@ class Discovery:
     mixable: dict[str, tuple[bool, ...]]  # for each call: which of the tensors it returns are floating and per example
     plans: dict[str, MaskPlan]  # for every cut point: what happens to masks
     rules: dict[Place, Rule]
-    masked: frozenset[Path]  # the inputs that are masks
+    given: frozenset[Path]  # the inputs with a row per example
     _graph: Graph
     _unmasked: dict[str, str]  # why masks forbid a cut
+
+    def middle(self) -> list[str]:
+        """The module call in the middle of the compute that does most of it, the model itself apart; or none."""
+        half = self._graph.cost / 2
+        around = [c for c in self._graph.calls if c.key and c.cost_before <= half < c.cost_after]
+        return [max(around, key=lambda c: c.cost_after - c.cost_before).key] if around else []
 
     def explain(self, name: str) -> NotACutPoint | LayerNotReached:
         """Why ``name`` is no cut point: the error to raise."""
@@ -114,9 +96,7 @@ class Discovery:
         if call.packed:
             return NotACutPoint(
                 name,
-                "it returns a PackedSequence, whose rows are time steps of all examples and not examples. Mix before "
-                "the packing (the embedding), or after it: what a module of its own computes from the last hidden "
-                "state or from pad_packed_sequence.",
+                PACKED,
             )
         if name in self._unmasked:
             return NotACutPoint(name, self._unmasked[name], None)
@@ -139,6 +119,11 @@ def _origin(graph: Graph, node: int) -> str:
 
 
 def _place(graph: Graph, node: int) -> str:
+    while graph.what[node].startswith("detach"):  # our own alias of what a module returned or was given
+        after = next((end for start, end in graph.edges() if start == node), None)
+        if after is None:
+            break
+        node = after
     if node == len(graph.parents) - 1:
         return "the output"
     where = graph.where[node]
@@ -168,7 +153,10 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     python_state = random.getstate()
     numpy = sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy is not None else None
+    fast = torch.backends.mha.get_fastpath_enabled()  # fused layers and nested tensors, which training never takes
     with contextlib.ExitStack() as stack:
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+        torch.backends.mha.set_fastpath_enabled(False)
         stack.enter_context(torch.no_grad())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # the real forward says it again
@@ -205,11 +193,69 @@ def _rows(value: Any, size: int, rows: int) -> Any:
     return map_tensors(take, value)
 
 
+@dataclass
+class _Look:
+    """What two forwards of a model showed: one recorded, one on a row more."""
+
+    rows: int
+    graph: Graph
+    plans: dict[str, MaskPlan | str]
+    grown: Shapes | None  # None: a graph network, whose rows cannot be cut out
+
+    def per_example(self, call: Call) -> tuple[bool, ...]:
+        """Which tensors are floating and have the batch as dimension 0: it grows with the batch and no other does."""
+        same = [leaf.shape for leaf in call.leaves]
+        grown = same if self.grown is None else self.grown.by_call.get(call.key, [])
+        if len(grown) != len(call.leaves):
+            return (False,) * len(call.leaves)
+        more = 0 if self.grown is None else 1
+        return tuple(
+            leaf.floating
+            and leaf.node not in self.graph.masks
+            and leaf.shape[:1] == (self.rows,)
+            and shape == (self.rows + more, *leaf.shape[1:])
+            for leaf, shape in zip(call.leaves, grown, strict=True)
+        )
+
+    def check_outputs(self, model: nn.Module) -> None:
+        """Refuse a model in whose outputs no dimension is the batch: what was taken for examples are none."""
+        if self.grown is None:
+            return
+        sizes = [(leaf.shape, shape) for leaf, shape in zip(self.graph.outputs, self.grown.by_call[""], strict=True)]
+        if any(one for one, _ in sizes) and all(one == more for one, more in sizes):
+            raise BatchMismatch(
+                f"No dimension of what {type(model).__name__} returns (shapes {[one for one, _ in sizes]}) follows the "
+                "number of rows of its inputs, so these are no examples. The batch has to be dimension 0: "
+                "batch_first=True in recurrent layers, or a wrapper that transposes."
+            )
+
+
+def _look(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> _Look:
+    pads = padding_values(model)
+    if _is_graph_network(model):
+        graph = record(model, args, kwargs, size, (), pads)
+        return _Look(size, graph, mask_plans(graph, ()), None)
+    masks = find_masks(model, args, kwargs, size)
+    two = probed((_rows(args, size, _ROWS), _rows(kwargs, size, _ROWS)), masks)
+    graph = record(model, two[0], two[1], _ROWS, [at(two, path) for path in masks], pads)
+    plans = mask_plans(graph, masks)
+    three = probed((_rows(args, size, _ROWS + 1), _rows(kwargs, size, _ROWS + 1)), masks, list(tested(graph)))
+    watch = {place for plan in plans.values() if isinstance(plan, MaskPlan) for place in plan.places}
+    return _Look(_ROWS, graph, plans, shapes_by_call(model, three[0], three[1], watch))
+
+
+def _is_graph_network(model: nn.Module) -> bool:
+    """Whether the rows are nodes: some of them, taken alone, would leave the edges without ends."""
+    return any(kind.__name__ == "MessagePassing" for module in model.modules() for kind in type(module).__mro__)
+
+
 def discover(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Discovery:
     """Follow the data flow of ``model(*args, **kwargs)`` on two rows of the batch, and its shapes on three.
 
+    A graph network (with layers of PyTorch Geometric), whose rows are nodes, is run on all of them.
+
     Raises:
-        BatchMismatch: no input has a first dimension, or the batch is empty.
+        BatchMismatch: no input has a first dimension, the batch is empty, or no output follows its size.
         DiscoveryFailed: the model's forward raised.
         DataFlowLost: no path leads from the inputs to the outputs.
     """
@@ -218,17 +264,9 @@ def discover(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         raise BatchMismatch(
             "Cut points are found on a batch, but the inputs hold " + ("no rows." if size == 0 else "no tensor.")
         )
-    masks = find_masks(model, args, kwargs, size)
-    pads = padding_values(model)
     with _undisturbed(model):
         try:
-            two = probed((_rows(args, size, _ROWS), _rows(kwargs, size, _ROWS)), masks)
-            graph = record(model, two[0], two[1], _ROWS, [at(two, path) for path in masks], pads)
-            plans = mask_plans(graph, masks)
-            ids = list(tested(graph))
-            three = probed((_rows(args, size, _ROWS + 1), _rows(kwargs, size, _ROWS + 1)), masks, ids)
-            watch = {place for plan in plans.values() if isinstance(plan, MaskPlan) for place in plan.places}
-            grown = shapes_by_call(model, three[0], three[1], watch)
+            look = _look(model, args, kwargs, size)
         except Exception as error:
             raise DiscoveryFailed(
                 f"The forward that looks for the cut points, on {_ROWS} and on {_ROWS + 1} rows of the batch, raised "
@@ -236,6 +274,7 @@ def discover(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
                 "(device, dtype, preprocessing); x may be a tuple of positional or a dict of keyword arguments. Or "
                 "name S yourself: layers=[...], check=False."
             ) from error
+    graph = look.graph
     if not any(leaf.node is not None and graph.between[leaf.node] for leaf in graph.outputs):
         lost = next((graph.where[n] for n in graph.parents[-1] if graph.what[n].endswith("()")), None)
         where = repr(lost) if lost else "the model's own forward"
@@ -244,27 +283,22 @@ def discover(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             f"No path of tensors leads from the inputs to the outputs of {type(model).__name__}, so no cut point can "
             f"be proven.{place} If you know where it may be mixed, name S yourself: layers=[...], check=False."
         )
-    rules, reasons = judge(graph, plans, grown.arguments)
+    look.check_outputs(model)
+    rules, reasons = judge(graph, look.plans, look.grown.arguments if look.grown else {})
     # "input" is k = 0, also where a module has that name: such a module cannot be in S.
-    mixable = {c.key: _per_example(graph, c, grown.by_call.get(c.key, [])) for c in graph.calls if c.key != INPUT}
-    heads = [leaf.shape[:1] == (_ROWS,) for leaf in graph.outputs]
-    outputs = [leaf.shape[1:] if head else leaf.shape for leaf, head in zip(graph.outputs, heads, strict=True)]
-    sound = {key: plan for key, plan in plans.items() if isinstance(plan, MaskPlan) and key not in reasons}
+    mixable = {c.key: look.per_example(c) for c in graph.calls if c.key != INPUT}
+    heads = [leaf.shape[:1] == (look.rows,) for leaf in graph.outputs]
+    sound = {key: plan for key, plan in look.plans.items() if isinstance(plan, MaskPlan) and key not in reasons}
     return Discovery(
-        _cut_points(graph, mixable, sound), outputs, sum(heads), mixable, sound, rules, frozenset(masks), graph, reasons
-    )
-
-
-def _per_example(graph: Graph, call: Call, grown: list[tuple[int, ...]]) -> tuple[bool, ...]:
-    """Which tensors are floating and have the batch as dimension 0: it grows with the batch and no other does."""
-    if len(grown) != len(call.leaves):
-        return (False,) * len(call.leaves)
-    return tuple(
-        leaf.floating
-        and leaf.node not in graph.masks
-        and leaf.shape[:1] == (_ROWS,)
-        and shape == (_ROWS + 1, *leaf.shape[1:])
-        for leaf, shape in zip(call.leaves, grown, strict=True)
+        cut_points=_cut_points(graph, mixable, sound),
+        outputs=[leaf.shape[1:] if head else leaf.shape for leaf, head in zip(graph.outputs, heads, strict=True)],
+        heads=sum(heads),
+        mixable=mixable,
+        plans=sound,
+        rules=rules,
+        given=frozenset(path for path, tensor in paths((args, kwargs)) if tensor.dim() and tensor.shape[0] == size),
+        _graph=graph,
+        _unmasked=reasons,
     )
 
 
@@ -288,102 +322,8 @@ def _cut_points(graph: Graph, mixable: dict[str, tuple[bool, ...]], plans: dict[
             own = (call.cost_after - call.cost_before) / total
             point = _point(call.key, leaves, call.cost_after / total, own)
             found.append(dataclasses.replace(point, masks=bool(plans[call.key].unite)))
-    ends = {stage_end.name for stage_end in _stage_ends(found)}
+    ends = {stage_end.name for stage_end in stage_ends(found)}
     return [dataclasses.replace(p, stage_end=p.name in ends) for p in found]
-
-
-def _candidates(points: Sequence[CutPoint]) -> list[CutPoint]:
-    """Cut points that do work of their own (no norms, activations, stems) and leave some work to do."""
-    return [p for p in points if p.own_compute >= 0.01 and p.compute < 0.95]
-
-
-def _stage_ends(points: Sequence[CutPoint]) -> list[CutPoint]:
-    """The module with the most compute of its own in every run of candidates of one shape; the last of equals."""
-    runs: list[list[CutPoint]] = []
-    for point in _candidates(points):
-        if runs and runs[-1][-1].shape == point.shape:
-            runs[-1].append(point)
-        else:
-            runs.append([point])
-    return [max(reversed(run), key=lambda p: round(p.own_compute, 6)) for run in runs]
-
-
-def auto_layers(points: Sequence[CutPoint]) -> list[str]:
-    """S = {input} and two inner cut points, as the paper's choice generalises: the ends of the first two stages.
-
-    A stage end counts with a tenth of the compute of its own, before three quarters of the whole, and a tenth after
-    the one before. What is missing (networks of one stage) is filled with the candidates nearest to a quarter and to a
-    half. The input is left out where it cannot be mixed; if nothing is left then, the last cut point before the
-    head is taken.
-    """
-    chosen: list[CutPoint] = []
-    for end in _stage_ends(points):
-        apart = not chosen or end.compute - chosen[-1].compute >= 0.1
-        if len(chosen) < 2 and end.own_compute >= 0.1 and end.compute < 0.75 and apart:
-            chosen.append(end)
-    for target in (0.25, 0.5):
-        free = [p for p in _candidates(points) if all(abs(p.compute - c.compute) >= 0.1 for c in chosen)]
-        if len(chosen) < 2 and free:
-            # Of a container and its last child, which are equally far, take the container.
-            chosen.append(min(reversed(free), key=lambda p: round(abs(p.compute - target), 6)))
-    if not chosen and not any(p.name == INPUT for p in points):
-        chosen = [p for p in points if p.compute < 0.95][-1:]  # an embedding, say: better than nothing
-    order = {p.name: i for i, p in enumerate(points)}
-    names = sorted((p.name for p in chosen), key=order.__getitem__)
-    return [INPUT, *names] if any(p.name == INPUT for p in points) else names
-
-
-def resolve_name(model: nn.Module, name: str) -> tuple[str, int]:
-    """The module's name as ``model.named_modules()`` has it, and which of its calls is meant (from 1 on).
-
-    Raises:
-        LayerNotFound: no module has this name.
-    """
-    base, _, number = name.partition("#")
-    if not base or (number and not number.isdigit()) or number == "0":
-        raise LayerNotFound(name, dict(model.named_modules()))
-    try:
-        module = model.get_submodule(base)
-    except AttributeError:
-        raise LayerNotFound(name, dict(model.named_modules())) from None
-    canonical = next(n for n, m in model.named_modules() if m is module)
-    return canonical, int(number or 1)
-
-
-def choose_layers(
-    model: nn.Module, layers: str | Sequence[str] | Callable[[list[CutPoint]], Sequence[str]], discovery: Discovery
-) -> list[str]:
-    """The eligible set S, in the order given (or of the forward, for "auto").
-
-    Raises:
-        LayerNotFound, NotACutPoint, LayerNotReached: for a name that cannot be in S.
-        NotACutPoint: "auto" found nothing to mix.
-    """
-    if isinstance(layers, str):
-        chosen = auto_layers(discovery.cut_points)
-        if not chosen:
-            others = [p.name for p in discovery.cut_points]
-            raise NotACutPoint("auto", _no_choice(discovery, others))
-        return chosen
-    names = layers(list(discovery.cut_points)) if callable(layers) else layers
-    points = {p.name for p in discovery.cut_points}
-    chosen = []
-    for name in names:
-        if name != INPUT:
-            base, number = resolve_name(model, name)
-            name = base if number == 1 else f"{base}#{number}"
-        if name not in points:
-            raise discovery.explain(name)
-        chosen.append(name)
-    return list(dict.fromkeys(chosen))
-
-
-def _no_choice(discovery: Discovery, names: list[str]) -> str:
-    if not names:
-        return "neither the input nor any module of this model is one."
-    why = discovery.explain(INPUT)
-    input_too = f" The input cannot be mixed: {why.reason}" if isinstance(why, NotACutPoint) else ""
-    return f"the only cut points are {_list(set(names))}, behind which there is nothing left to learn.{input_too} To mix there all the same, name them: layers=[{names[-1]!r}]."
 
 
 def cut_points(model: nn.Module, /, *inputs: Any, **kwargs: Any) -> list[CutPoint]:

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from manifold_mixup.graph import Call, Entry, Graph, Leaf
-from manifold_mixup.structure import Path, at, map_tensors, paths, replace_at, tensors
+from manifold_mixup.structure import Path, at, map_tensors, packed, paths, replace_at, tensors
 
 __all__ = ["Shapes", "record", "shapes_by_call"]
 
@@ -74,6 +74,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alive: list[Tensor] = []  # so that neither ids nor storages are used again
         self.escapes: list[int] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Do not wrap ``__torch_dispatch__`` for the compiler: the wrapper imports it, which takes a second."""
+        return False
+
     def register(self, tensor: Tensor, node: int) -> None:
         self._nodes[id(tensor)] = node
         self._storage_nodes[_storage(tensor)].append(node)
@@ -125,12 +130,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         graph, arguments, found = self.graph, (args, kwargs), []
         for path, tensor in paths(arguments):
             node = self._nodes.get(id(tensor))
-            if node is not None and graph.auxiliary(node) and not self._writes.get(_storage(tensor)):
+            if node is not None and all(map(graph.auxiliary, self.reads(tensor))):
                 found.append((path, tensor, node))
         for path, tensor, node in found:
             alias = tensor.detach()  # recorded as an operator: the last node is its
             entry = len(graph.parents) - 1
-            if node in graph.carried:
+            if graph.parents[entry] == (node,) and node in graph.carried:
                 graph.carried[entry] = graph.carried[node]
             graph.entries.append(Entry(entry, key, call, path, tuple(tensor.shape)))
             arguments = replace_at(arguments, path, alias)
@@ -222,9 +227,7 @@ def record(
         recorder.scope.pop()
         call = started.pop()
         call.key = keys.next(names[id(module)])
-        call.packed = any(
-            isinstance(v, nn.utils.rnn.PackedSequence) for v in (output if type(output) in (tuple, list) else (output,))
-        )
+        call.packed = packed(output)
         call.leaves, call.cost_after, call.end = recorder.leaves(output), graph.cost, len(graph.parents)
         graph.calls.append(call)
         return output

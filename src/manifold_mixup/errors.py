@@ -26,6 +26,13 @@ __all__ = [
 ]
 
 
+PACKED = (
+    "it returns a PackedSequence, whose rows are time steps of all examples and not examples. Mix before the packing "
+    "(the embedding; the lengths have to be an input with 'length' in its name), or after it: what a module of its own "
+    "computes from the last hidden state or from pad_packed_sequence."
+)
+
+
 class ManifoldMixupError(Exception):
     """Base class of all errors of this package."""
 

@@ -17,10 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manifold_mixup.errors import BatchMismatch, LayerNotReached, NotACutPoint, RecomputeAmbiguous, UnsupportedModel
+from manifold_mixup.errors import (
+    PACKED,
+    BatchMismatch,
+    LayerNotReached,
+    NotACutPoint,
+    RecomputeAmbiguous,
+    UnsupportedModel,
+)
 from manifold_mixup.interpolation import Plan, apply_plan, apply_traced
 from manifold_mixup.mask_hooks import Masks
-from manifold_mixup.structure import Path, map_tensors, tensors
+from manifold_mixup.structure import Path, map_tensors, packed, paths, tensors
 
 __all__ = ["EVERY", "INPUT", "AfterForward", "BeforeForward", "Drawn", "EndForward", "Live", "MaskHook", "SiteHook"]
 
@@ -56,6 +63,7 @@ class Live:
     mixable: dict[str, tuple[bool, ...]] | None = None  # None: not discovered, mix what has the batch size
     heads: int | None = None  # how many tensors with a row per example the model returns in eval mode
     sites: list[SiteHook] = field(default_factory=list)
+    given: frozenset[Path] | None = None  # the inputs that discovery saw; None: there was none
     masks: Masks | None = None  # of a model whose layers of S masks reach past
     mask_sites: list[MaskHook] = field(default_factory=list)
     # For torch.compile: the same draw as tensors on the batch's device.
@@ -104,6 +112,8 @@ class _Hook:
             return value
         flags = live.mixable.get(key) if live.mixable is not None else None
         place, mixed = -1, 0
+        if packed(value):
+            raise NotACutPoint(key, PACKED)
 
         def visit(tensor: Tensor) -> Tensor:
             nonlocal place, mixed
@@ -265,9 +275,28 @@ class BeforeForward(_Hook):
             site.calls = 0
         for mask_site in live.mask_sites:
             mask_site.calls = 0
+        if not torch.compiler.is_compiling():
+            self._refuse_new_masks(args, kwargs)
         mixes = live.active == INPUT or (live.active == EVERY and INPUT in live.lam)
         live.fired = int(mixes)
         return self._inputs(live.drawn, mixes, args, kwargs)
+
+    def _refuse_new_masks(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A mask that was not there when the cut points were found would not be united."""
+        live = self.live
+        if live.given is None:
+            return
+        for path, tensor in paths((args, kwargs)):
+            if path in live.given or tensor.dim() < 2 or tensor.shape[0] != live.drawn.size:
+                continue
+            name = next((step for step in reversed(path) if isinstance(step, str)), "")
+            if "mask" in name.lower() or (not name and not tensor.is_floating_point()):
+                raise NotACutPoint(
+                    live.active,
+                    f"the model is given {name or 'an argument at position ' + str(path[1])!r}, which it was not given "
+                    "when the cut points were found, so whether it reaches past this layer is not known. Pass x to "
+                    "mixup(x, y) as the model is called, as a dict of all its inputs; or call mixup.discover(**x).",
+                )
 
     def _inputs(self, drawn: Drawn, mixes: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the model is given: the masks that it has to see, and the mixed input if that is the layer drawn."""

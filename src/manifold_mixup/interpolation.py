@@ -9,6 +9,7 @@ indices and weights alone, and that is all that autograd keeps.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ class Partner:
         """How many rows come out of the mixing."""
         return self.size // 2 if self.kind == "fold" else self.size
 
-    @property
+    @functools.cached_property
     def indices(self) -> Tensor:
         """The partner of every row that comes out, int64 on the CPU, shape (rows_out,)."""
         if self.index is not None:
@@ -84,12 +85,23 @@ class Partner:
             return torch.arange(self.rows_out, self.size)
         return (torch.arange(self.size) + self.shift) % max(self.size, 1)
 
+    def on(self, device: torch.device) -> Tensor:
+        """``indices`` on a device, copied there once."""
+        if device not in self._copies:
+            self._copies[device] = self.indices.to(device, non_blocking=True)
+        return self._copies[device]
+
+    @functools.cached_property
+    def _copies(self) -> dict[torch.device, Tensor]:
+        return {}
+
     @property
     def is_matching(self) -> bool:
         """Whether everybody is the partner of their own partner."""
         index = self.indices
         return self.kind != "fold" and bool((index[index] == torch.arange(self.size)).all())
 
+    @functools.cached_property
     def turned(self) -> Partner:
         """The inverse of a shift or permutation: whose partner every row is."""
         if self.kind == "shift":
@@ -106,7 +118,9 @@ class Partner:
         """The partners' rows, which get weight 1 - λ."""
         if self.kind == "fold":
             return rows[self.rows_out :]
-        return rows.index_select(0, self.indices.to(rows.device))
+        if self.kind == "shift":
+            return rows.roll(-self.shift, 0)
+        return rows.index_select(0, self.on(rows.device))
 
 
 def draw_partner(
@@ -200,7 +214,7 @@ class Plan:
         p = self.partner
         if p.kind not in ("shift", "permutation"):
             return Plan(p, self.own, self.other, not self.transposed)
-        turned = p.turned()
+        turned = p.turned
         return Plan(turned, self.own, _at(self.other, turned.indices))
 
     def run(self, h: Tensor) -> Tensor:
@@ -210,7 +224,7 @@ class Plan:
             return self._unfold(h) if self.transposed else self._fold(h)
         if kind == "gather" and self.transposed:
             out = _scaled(h, self.own)
-            return out.index_add_(0, self.partner.indices.to(h.device), _scaled(h, self.other))
+            return out.index_add_(0, self.partner.on(h.device), _scaled(h, self.other))
         if kind == "shift" and not isinstance(self.other, Tensor):
             return self._shift(h)
         return self._gather(h)
@@ -230,7 +244,7 @@ class Plan:
         One small kernel per row would save the second pass, up to a third of the time on an idle machine. But where
         other processes keep the cores busy it is several times slower, for each kernel waits for all of its threads.
         """
-        out = _rows(h, self.partner.indices.to(h.device))
+        out = _rows(h, self.partner.on(h.device))
         if not isinstance(self.own, Tensor) and not isinstance(self.other, Tensor):
             return _combine(h, out, self.own, self.other, out)
         # Weights of their own for every row: in float32 at least, for a half-precision λ has 8 or 11 bits.
@@ -290,16 +304,14 @@ class _Interpolate(torch.autograd.Function):
     """The linear map of a plan; its derivative is the plan's transpose, at every order."""
 
     @staticmethod
-    def forward(h: Tensor, plan: Plan) -> Tensor:
+    def forward(ctx: Any, h: Tensor, plan: Plan) -> Tensor:
+        ctx.plan = plan
         return plan.run(h)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Plan], output: Tensor) -> None:
-        ctx.plan = inputs[1]
-
-    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return apply_plan(grad, ctx.plan.transpose()), None
+        turned = ctx.plan.transpose()
+        return apply_plan(grad, turned) if torch.is_grad_enabled() else turned.run(grad), None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:

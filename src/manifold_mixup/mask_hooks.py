@@ -53,7 +53,7 @@ class Masks:
         """The (args, kwargs) of a module call with the masks that it has to see."""
         for path in paths:
             given = at(arguments, path)
-            if not isinstance(given, Tensor) or given.dim() < 2:
+            if not isinstance(given, Tensor) or not given.dim():
                 continue  # no padding in this batch: no mask was made
             place = (key, path)
             own, before = next(((mine, keys) for united, mine, keys in self.own if united is given), (given, ()))
@@ -96,23 +96,25 @@ class Masks:
         """A hidden state whose padded positions are zero, in the rows that are mixed here.
 
         Args:
-            key: the cut.
+            key: the cut. Rows of which one part alone counts are left as they are.
             number: which of the mixed tensors of the cut this is.
             hidden: shape (n, ...).
             weight: λ, or one value for every row, 1 where it is not mixed here.
         """
         plan = self.plans.get(key)
+        if isinstance(weight, float) and weight == 0.0:
+            return hidden  # only the partners count, and they are not mixed with anything
         if plan is None or number >= len(plan.keep) or plan.keep[number] is None:
             return hidden
         place, dim = plan.keep[number]  # type: ignore[misc]
         mask = self.held.get(place)
         if mask is None or mask.shape[0] != hidden.shape[0]:
             return hidden
-        keep = kept(mask, self.rules[place])
+        keep = kept(mask.to(hidden.device), self.rules[place], hidden.shape[dim])
         if keep.shape[1] != hidden.shape[dim]:
             return hidden
         if isinstance(weight, Tensor) and weight.dim() and weight.shape[0] == hidden.shape[0]:
-            keep = keep | (weight == 1.0).to(keep.device).view(-1, 1)
+            keep = keep | ((weight == 1.0) | (weight == 0.0)).to(keep.device).view(-1, 1)
         shape = [1] * hidden.dim()
         shape[0], shape[dim] = keep.shape
         return hidden.masked_fill(~keep.view(shape), 0.0)

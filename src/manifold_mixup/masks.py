@@ -80,6 +80,7 @@ def find_masks(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
 
     Those whose name has "mask" in it, and booleans. A name with "pad" in it marks what is ignored, as
     ``key_padding_mask`` in PyTorch; all others mark what is attended to, as ``attention_mask`` in transformers.
+    Integers of shape (n,) with "length" in their name are a mask too, of as many first positions.
     """
     try:
         names = list(inspect.signature(model.forward).parameters)
@@ -87,12 +88,15 @@ def find_masks(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
         names = []
     found: dict[Path, bool] = {}
     for path, tensor in paths((args, dict(kwargs))):
-        if tensor.dim() < 2 or tensor.shape[0] != size or tensor.shape[-1] < 2:
+        if not tensor.dim() or tensor.shape[0] != size:
             continue
         keys = [step for step in path if isinstance(step, str)]
         place = path[1]
         name = keys[-1] if keys else names[place] if isinstance(place, int) and place < len(names) else ""
-        if "mask" in name.lower() or tensor.dtype == torch.bool:
+        if tensor.dim() == 1:
+            if "length" in name.lower() and not tensor.is_floating_point():
+                found[path] = True
+        elif tensor.shape[-1] > 1 and ("mask" in name.lower() or tensor.dtype == torch.bool):
             found[path] = "pad" not in name.lower()
     return found
 
@@ -121,6 +125,10 @@ def _edit(arguments: Any, path: Path, change: Any) -> Any:
 
 
 def _probe(mask: Tensor, high: bool) -> Tensor:
+    if mask.dim() == 1:  # lengths
+        probe = torch.full_like(mask, int(mask.max()))
+        probe[1:] = (probe[1:] + 1) // 2
+        return probe
     attended, ignored = (1.0, 0.0) if high else (0.0, 1.0)
     if mask.is_floating_point() and not bool(((mask == 0) | (mask == 1)).all() and bool((mask != 0).any())):
         attended, ignored = (0.0, torch.finfo(mask.dtype).min) if high else (0.0, 1.0)  # added to attention scores
@@ -172,8 +180,10 @@ def unite(own: Tensor, other: Tensor, lam: float | Tensor, how: Rule) -> Tensor:
     return torch.where(lam == 1.0, own, torch.where(lam == 0.0, other, both))
 
 
-def kept(mask: Tensor, how: Rule) -> Tensor:
+def kept(mask: Tensor, how: Rule, positions: int) -> Tensor:
     """Which positions are no padding: bool, shape (n, positions). A larger mask tells it by its last dimension."""
+    if mask.dim() == 1:
+        return torch.arange(positions, device=mask.device) < mask.unsqueeze(1)
     if how.pad is not None:
         return mask != how.pad
     keep = mask if mask.dtype == torch.bool else mask > how.bound if how.high else mask < how.bound
@@ -193,7 +203,8 @@ def _plan(graph: Graph, call: Call, leaves: Sequence[Leaf]) -> MaskPlan | str:
     entries = {entry.node: entry for entry in graph.entries}
     block, end = {leaf.node for leaf in leaves}, call.end
     over = [(a, b) for a, b in graph.edges() if a < end <= b and a not in block]
-    keep = [_aligned(graph, leaf, end) if len(leaf.shape) > 2 else None for leaf in leaves]
+    hides = bool(over) or any(node in graph.masks for node in graph.sources)
+    keep = [_aligned(graph, leaf, end) if hides and len(leaf.shape) > 2 else None for leaf in leaves]
     if not over:
         return MaskPlan(keep=tuple(keep))
     children: dict[int, list[int]] = {}
@@ -217,9 +228,13 @@ def _plan(graph: Graph, call: Call, leaves: Sequence[Leaf]) -> MaskPlan | str:
         else:
             around.add(source)
     nodes = {entry.node for entry in around}
-    restore = {e for e in graph.entries if e.call.start < end and e not in around and graph.parents[e.node][0] in nodes}
+    restore = {
+        e
+        for e in graph.entries
+        if e.call.start < end and e not in around and not nodes.isdisjoint(graph.parents[e.node])
+    }
     for leaf, found in zip(leaves, keep, strict=True):
-        if len(leaf.shape) > 2 and found is None:
+        if hides and len(leaf.shape) > 2 and found is None:
             return (
                 f"a mask reaches what follows, and no dimension of the hidden state {leaf.shape[1:]} is as long as a "
                 "mask known there, so its padded positions cannot be told."
@@ -267,10 +282,14 @@ def _aligned(graph: Graph, leaf: Leaf, end: int) -> tuple[Place, int] | None:
         if e.call.start < end and (e.node in graph.masks or graph.carried.get(e.node) in sources)
     ]
     known.sort(key=lambda e: (len(e.shape) != 2, e.node in graph.carried, e.node))
+    lengths = {s.shape[1] for s in graph.source_leaves if len(s.shape) > 1 and s.node not in graph.masks}
     for dim in range(1, len(leaf.shape)):
         for entry in known:
             if len(entry.shape) >= 2 and entry.shape[-1] == leaf.shape[dim] and entry.shape[0] == leaf.shape[0]:
                 return (entry.key, entry.path), dim
+    for entry in known:
+        if len(entry.shape) == 1 and leaf.shape[1] in lengths:
+            return (entry.key, entry.path), 1
     return None
 
 
@@ -285,6 +304,7 @@ def tested(graph: Graph) -> Iterator[tuple[Path, float]]:
 def mask_plans(graph: Graph, masks: Collection[Path]) -> dict[str, MaskPlan | str]:
     """For every call that all features pass through, what has to happen to masks, or why it cannot."""
     plans: dict[str, MaskPlan | str] = {}
+    plain = not (graph.masks or graph.carried)
     if masks:
         root = frozenset(("", path) for path in masks)
         sources = [leaf for leaf in graph.source_leaves if leaf.node not in graph.masks]
@@ -293,7 +313,7 @@ def mask_plans(graph: Graph, masks: Collection[Path]) -> dict[str, MaskPlan | st
         leaves = features(graph, call)
         nodes = [leaf.node for leaf in leaves if leaf.node is not None]
         if call.key not in ("", "input") and nodes and graph.separates(nodes):
-            plans[call.key] = _plan(graph, call, leaves)
+            plans[call.key] = MaskPlan() if plain else _plan(graph, call, leaves)
     return plans
 
 
@@ -303,6 +323,9 @@ def _input_keep(leaf: Leaf, graph: Graph) -> tuple[Place, int] | None:
             dims = [d for d in range(1, len(leaf.shape)) if leaf.shape[d] == entry.shape[1]]
             if dims:
                 return ("", entry.path), dims[0]
+    for entry in graph.entries:
+        if not entry.key and entry.node in graph.masks and len(entry.shape) == 1 and len(leaf.shape) > 1:
+            return ("", entry.path), 1
     return None
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from manifold_mixup.cutpoints import Discovery, choose_layers, discover, resolve_name
+from manifold_mixup.cutpoints import Discovery, discover
+from manifold_mixup.eligible import choose_layers, resolve_name
 from manifold_mixup.errors import AlreadyAttached, LayerNotReached, MixerRemoved
 from manifold_mixup.hooks import EVERY, INPUT, AfterForward, BeforeForward, Drawn, EndForward, Live, MaskHook, SiteHook
 from manifold_mixup.interpolation import Pairing, Partner, Plan, draw_lam, draw_partner
@@ -271,6 +272,7 @@ class ManifoldMixup:
         self._attach_masks(layers, found)
         live.mixable = found.mixable if found else None
         live.heads = found.heads if found else None
+        live.given = found.given if found else None
         self._outputs = found.outputs if found else []
         self._features = {p.name: p.features for p in found.cut_points} if found else {}
         self._layers = layers
@@ -330,11 +332,10 @@ class ManifoldMixup:
         live.active = draw.layer if isinstance(draw.layer, str) else EVERY
         live.expected = 1 if live.active != EVERY else len(layers)
         live.kind, live.rows_out = partner.kind, partner.rows_out
-        live.index = partner.indices.to(device, non_blocking=True)
-        inverse = partner.turned().indices if partner.kind in ("shift", "permutation") else None
-        if inverse is partner.indices:  # the compiler takes no tensor twice
-            inverse = inverse.clone()
-        live.inverse = None if inverse is None else inverse.to(device, non_blocking=True)
+        live.index = partner.on(device)
+        inverse = partner.turned.on(device) if partner.kind in ("shift", "permutation") else None
+        # The compiler takes no tensor twice: a matching is its own inverse.
+        live.inverse = inverse.clone() if inverse is live.index else inverse
         if live.active == EVERY:
             # A tensor of its own for every layer: the compiler guards on which of them are the same.
             rows = partner.rows_out

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
-__all__ = ["Path", "at", "batch_size", "map_tensors", "paths", "replace_at", "tensors"]
+__all__ = ["Path", "at", "batch_size", "map_tensors", "packed", "paths", "replace_at", "tensors"]
 
 Path = tuple[Any, ...]  # indices, keys and field names that lead to a tensor
 
@@ -91,6 +92,11 @@ def replace_at(value: Any, path: Path, new: Any) -> Any:
     rebuilt = {**value} if type(value) is dict else copy.copy(value)  # torch.compile cannot follow copy of a dict
     rebuilt[step] = inner
     return rebuilt
+
+
+def packed(value: Any) -> bool:
+    """Whether this is what a recurrent layer returns for packed sequences."""
+    return any(isinstance(v, PackedSequence) for v in (value if type(value) in (tuple, list) else (value,)))
 
 
 def batch_size(value: Any) -> int | None:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manifold_mixup.errors import BatchMismatch, MixedTargetMisuse
-from manifold_mixup.losses import LOSSES, weight_of_l1_loss
+from manifold_mixup.losses import LOSSES, log_probabilities, weight_of_l1_loss
 from manifold_mixup.structure import map_tensors, tensors
 from manifold_mixup.target_checks import (
     Lam,
@@ -386,6 +386,13 @@ def _mixed_loss(loss: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
         raise MixedTargetMisuse(f"{loss.__name__}() was given mixed targets of different draws.")
     if loss in (F.cross_entropy, F.nll_loss):
         one_row_each(args[0] if args else kwargs.get("input"), first.y)
+
+    mixes = isinstance(first.lam, Tensor) or 0.0 < first.lam < 1.0
+    if loss is F.cross_entropy and mixes and is_index(first.y):
+        shared = log_probabilities(args, kwargs)
+        if shared is not None:
+            options = {k: kwargs[k] for k in ("weight", "ignore_index", "reduction") if k in kwargs}
+            return first._weigh(lambda half: F.nll_loss(shared, getattr(first, half), **options))
 
     def loss_of(half: str) -> Any:
         def plain(value: Any) -> Any:
