@@ -111,6 +111,8 @@ _ROWS = 2  # the recorded forward; a second one with one row more shows which di
 
 
 def _origin(graph: Graph, node: int) -> str:
+    while graph.what[node].startswith("detach") and not graph.where[node] and graph.parents[node]:
+        node = graph.parents[node][0]  # our own alias of what the model was given
     if node in graph.sources:
         label = graph.sources[node]
         return "the input" if label == INPUT else f"the input {label!r}"
