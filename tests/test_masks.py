@@ -192,7 +192,7 @@ def test_a_mask_that_discovery_did_not_see_is_refused(x):
     model = network(lambda m, x, mask=None: by_argument(m, x, torch.ones(x.shape[:2]).bool() if mask is None else mask))
     mixup = ManifoldMixup(model, layers=["a"])
     mixup({"x": x}, torch.zeros(N, dtype=torch.long))
-    with pytest.raises(errors.NotACutPoint, match=r"given mask, which it was not given when .*discover\(\*\*x\)"):
+    with pytest.raises(errors.NotACutPoint, match=r"given 'mask', which it was not given when .*discover\(\*\*x\)"):
         model(x=x, mask=KEEP)
 
 

@@ -293,7 +293,7 @@ class BeforeForward(_Hook):
             if "mask" in name.lower() or (not name and not tensor.is_floating_point()):
                 raise NotACutPoint(
                     live.active,
-                    f"the model is given {name or 'an argument at position ' + str(path[1])!r}, which it was not given "
+                    f"the model is given {repr(name) if name else f'an argument at position {path[1]}'}, which it was not given "
                     "when the cut points were found, so whether it reaches past this layer is not known. Pass x to "
                     "mixup(x, y) as the model is called, as a dict of all its inputs; or call mixup.discover(**x).",
                 )
