@@ -291,11 +291,12 @@ class BeforeForward(_Hook):
                 continue
             name = next((step for step in reversed(path) if isinstance(step, str)), "")
             if "mask" in name.lower() or (not name and not tensor.is_floating_point()):
+                what = repr(name) if name else f"an argument at position {path[1]}"
                 raise NotACutPoint(
                     live.active,
-                    f"the model is given {repr(name) if name else f'an argument at position {path[1]}'}, which it was not given "
-                    "when the cut points were found, so whether it reaches past this layer is not known. Pass x to "
-                    "mixup(x, y) as the model is called, as a dict of all its inputs; or call mixup.discover(**x).",
+                    f"the model is given {what}, which it was not given when the cut points were found, so whether it "
+                    "reaches past this layer is not known. Pass x to mixup(x, y) as the model is called, as a dict of "
+                    "all its inputs; or call mixup.discover(**x).",
                 )
 
     def _inputs(self, drawn: Drawn, mixes: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
