@@ -246,3 +246,15 @@ def test_a_callable_pairing_sees_the_targets_and_the_generator():
     y = torch.tensor([2, 0, 1])
     partner = draw_partner(lambda labels, g: torch.argsort(labels), 3, generator(), y)
     assert partner.indices.tolist() == [1, 2, 0]
+
+
+def test_function_transforms_see_the_same_derivative():
+    h, partner = torch.randn(5, 3, dtype=torch.float64), torch.tensor([2, 0, 1, 4, 3])
+
+    def loss(h):
+        return (interpolate(h, partner, 0.3) ** 3).sum()
+
+    expected = torch.autograd.functional.jacobian(loss, h)
+    torch.testing.assert_close(torch.func.grad(loss)(h), expected)
+    direction = torch.randn_like(h)
+    torch.testing.assert_close(torch.func.jvp(loss, (h,), (direction,))[1], (expected * direction).sum())

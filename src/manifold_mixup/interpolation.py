@@ -318,9 +318,22 @@ class _Interpolate(torch.autograd.Function):
         return apply_plan(tangent, ctx.plan)
 
 
+class _TransformedInterpolate(_Interpolate):
+    """The same for ``torch.func``, which wants the context set up apart: a form that costs more at every call."""
+
+    @staticmethod
+    def forward(h: Tensor, plan: Plan) -> Tensor:  # type: ignore[override]
+        return plan.run(h)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Plan], output: Tensor) -> None:
+        ctx.plan = inputs[1]
+
+
 def apply_plan(h: Tensor, plan: Plan) -> Tensor:
     """Apply a plan to ``h`` of shape (plan.partner.size, ...), differentiably to any order."""
-    out: Tensor = _Interpolate.apply(h, plan)  # type: ignore[no-untyped-call]
+    transformed = torch._C._are_functorch_transforms_active()
+    out: Tensor = (_TransformedInterpolate if transformed else _Interpolate).apply(h, plan)  # type: ignore[no-untyped-call]
     return out
 
 
