@@ -53,7 +53,7 @@ class Discovery:
     cut_points: list[CutPoint]
     outputs: list[tuple[int, ...]]  # shapes of the model's outputs, without the batch where they have it
     heads: int  # how many of them have it
-    mixable: dict[str, tuple[bool, ...]]  # for each call: which of the tensors it returns are floating and per example
+    mixable: dict[str, tuple[bool, ...]]  # for calls that may be mixed: which tensors are floating and per example
     plans: dict[str, MaskPlan]  # for every cut point: what happens to masks
     rules: dict[Place, Rule]
     given: frozenset[Path]  # the inputs with a row per example
@@ -143,14 +143,12 @@ def _list(names: set[str]) -> str:
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Eval mode, no grad; afterwards modes, buffers and every random state are what they were."""
-    modes = [(m, m.training) for m in model.modules()]
-    buffers = [
-        (m, name, b, b.detach().clone(), b._version)
-        for m in model.modules()
-        for name, b in m._buffers.items()
-        if b is not None
-    ]
-    devices = {t.device for t in [*model.parameters(), *model.buffers()]}
+    modules = list(model.modules())
+    modes = [(m, m.training) for m in modules]
+    held = [(m, name, b) for m in modules for name, b in m._buffers.items() if b is not None]
+    buffers = [(m, name, b, b.detach().clone(), b._version) for m, name, b in held]
+    parameters = [p for m in modules for p in m._parameters.values() if p is not None]
+    devices = {t.device for t in [*parameters, *(b for _, _, b in held)]}
     accelerators = [d for d in devices if d.type not in ("cpu", "meta")]
     python_state = random.getstate()
     numpy = sys.modules.get("numpy")
@@ -243,7 +241,7 @@ def _look(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], size:
     plans = mask_plans(graph, masks)
     three = probed((_rows(args, size, _ROWS + 1), _rows(kwargs, size, _ROWS + 1)), masks, list(tested(graph)))
     watch = {place for plan in plans.values() if isinstance(plan, MaskPlan) for place in plan.places}
-    return _Look(_ROWS, graph, plans, shapes_by_call(model, three[0], three[1], watch))
+    return _Look(_ROWS, graph, plans, shapes_by_call(model, three[0], three[1], {"", *plans}, watch))
 
 
 def _is_graph_network(model: nn.Module) -> bool:

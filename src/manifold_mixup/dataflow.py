@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,22 +25,39 @@ from manifold_mixup.structure import Path, at, map_tensors, packed, paths, repla
 __all__ = ["Shapes", "record", "shapes_by_call"]
 
 
-def _rnn_cost(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> float:
+def _rnn_cost(*args: Any, out_val: Any, **kwargs: Any) -> float:
     """Recurrent kernels have no entry in torch's counter: two operations for every weight, row and time step."""
-    operands = [t for t in tensors([*args, *kwargs.values()]) if t.dim() >= 2]
+    operands = [t for t in _flat([*args, *kwargs.values()]) if t.dim() >= 2]
     rows = operands[0].numel() / max(operands[0].shape[-1], 1)
     return 2.0 * rows * sum(t.numel() for t in operands[1:] if t.dim() == 2)
 
 
-def _cost(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> float:
+@functools.cache
+def _counter(function: Any) -> Callable[..., Any] | None:
+    """What counts the operations of an operator, from its arguments and ``out_val``; None if it does not count."""
     packet = function.overloadpacket
     name = packet.__name__
     if name.startswith(("mkldnn_rnn", "_cudnn_rnn", "miopen_rnn")):
-        return _rnn_cost(args, kwargs, out)
+        return _rnn_cost
     if name == "_scaled_dot_product_flash_attention_for_cpu":
         packet = torch.ops.aten._scaled_dot_product_flash_attention
     count = flop_registry.get(packet)
-    return float(count(*args, **kwargs, out_val=out)) if count else 0.0
+    formula = getattr(count, "__wrapped__", None)
+    if formula is None or getattr(count, "_get_raw", False):
+        return count
+
+    def by_shape(*args: Any, out_val: Any, **kwargs: Any) -> Any:
+        # What torch's own wrapper does with a walk through a general tree, which takes ten times as long.
+        return formula(*map(_shape, args), out_shape=_shape(out_val), **{k: _shape(v) for k, v in kwargs.items()})
+
+    return by_shape
+
+
+def _shape(value: Any) -> Any:
+    """Every tensor replaced by its shape, as torch's formulas take them."""
+    if isinstance(value, Tensor):
+        return value.shape
+    return type(value)(map(_shape, value)) if type(value) in (tuple, list) else value
 
 
 @functools.cache
@@ -51,6 +68,15 @@ def _written(function: Any) -> tuple[tuple[int, str], ...]:
         for i, a in enumerate(function._schema.arguments)
         if a.alias_info is not None and a.alias_info.is_write
     )
+
+
+def _flat(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among an operator's arguments or results, which are nested in tuples and lists at most."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _flat(value)
 
 
 def _storage(tensor: Tensor) -> int:
@@ -95,24 +121,29 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        parents = list(dict.fromkeys(n for t in tensors([args, kwargs]) for n in self.reads(t)))
+        graph = self.graph
+        parents = dict.fromkeys(n for t in _flat((*args, *kwargs.values())) for n in self.reads(t))
         out = func(*args, **kwargs)
-        self.graph.operations += 1
-        self.graph.cost += _cost(func, args, kwargs, out)
+        graph.operations += 1
+        count = _counter(func)
+        if count is not None:
+            graph.cost += float(count(*args, **kwargs, out_val=out))
         if not parents:
             return out
-        written = [args[i] if i < len(args) else kwargs.get(name) for i, name in _written(func)]
-        changed = list(tensors(written))
+        name, scope = func.__name__, self.scope[-1]
+        changed: list[Tensor] = []
+        if written := _written(func):
+            changed = list(_flat(args[i] if i < len(args) else kwargs.get(key) for i, key in written))
         for tensor in changed:
-            node = self.graph.add(parents, self.scope[-1], func.__name__)
+            node = graph.add(parents, scope, name)
             storage = _storage(tensor)
             self._writes[storage].append(node)
             self._storage_nodes[storage].append(node)
             self._alive.append(tensor)
-        for tensor in tensors(out):
+        for tensor in _flat((out,)):
             if not any(tensor is t for t in changed):
-                self.register(tensor, self.graph.add(parents, self.scope[-1], func.__name__))
-        if self.graph.carried and len(parents) == 1 and parents[0] in self.graph.carried:
+                self.register(tensor, graph.add(parents, scope, name))
+        if graph.carried and len(parents) == 1 and next(iter(parents)) in graph.carried:
             self._padding_test(func, args)
         return out
 
@@ -166,8 +197,9 @@ class _Exits(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _named(model: nn.Module) -> dict[int, str]:
-    return {id(module): name for name, module in model.named_modules()}
+def _named(model: nn.Module) -> dict[nn.Module, str]:
+    """The modules that hooks can be put on."""
+    return {module: name for name, module in model.named_modules() if not isinstance(module, torch.jit.ScriptModule)}
 
 
 class _Keys:
@@ -199,7 +231,7 @@ def record(
         masks: those of the inputs that are masks.
         pads: token ids that mean padding.
     """
-    recorder, begun, keys, names = _Recorder(pads), _Keys(), _Keys(), _named(model)
+    recorder, begun, keys, modules = _Recorder(pads), _Keys(), _Keys(), _named(model)
     graph = recorder.graph
     for label, value in [*((f"input {i}" if i else "input", a) for i, a in enumerate(args)), *kwargs.items()]:
         for tensor in tensors(value):
@@ -216,7 +248,7 @@ def record(
     auxiliary = bool(graph.masks or graph.carried)
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        name = names[id(module)]
+        name = modules[module]
         recorder.scope.append(name)
         started.append(Call("", [], graph.cost, 0.0, len(graph.parents)))
         return recorder.enter(begun.next(name), started[-1], args, kwargs) if auxiliary else None
@@ -226,13 +258,12 @@ def record(
         output = map_tensors(Tensor.detach, output)
         recorder.scope.pop()
         call = started.pop()
-        call.key = keys.next(names[id(module)])
+        call.key = keys.next(modules[module])
         call.packed = packed(output)
         call.leaves, call.cost_after, call.end = recorder.leaves(output), graph.cost, len(graph.parents)
         graph.calls.append(call)
         return output
 
-    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     handles = [
         h
         for m in modules
@@ -259,26 +290,34 @@ class Shapes:
 
 
 def shapes_by_call(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], watch: Collection[tuple[str, Path]] = ()
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    of: Collection[str],
+    watch: Collection[tuple[str, Path]] = (),
 ) -> Shapes:
-    """Run ``model(*args, **kwargs)`` once; what every module call returned, and what was given to those to watch."""
-    begun, keys, names, found = _Keys(), _Keys(), _named(model), Shapes()
+    """Run ``model(*args, **kwargs)`` once: what the calls in ``of`` returned, and what those to watch were given."""
+    found, begun, keys = Shapes(), _Keys(), _Keys()
     wanted: dict[str, list[Path]] = defaultdict(list)
     for key, path in watch:
         wanted[key].append(path)
 
-    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-        key = begun.next(names[id(module)])
+    def enter(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        key = begun.next(name)
         for path in wanted.get(key, ()):
             found.arguments[key, path] = at((args, kwargs), path)
 
-    def leave(module: nn.Module, _: Any, output: Any) -> None:
-        found.by_call[keys.next(names[id(module)])] = [tuple(t.shape) for t in tensors(output)]
+    def leave(name: str, module: nn.Module, _: Any, output: Any) -> None:
+        found.by_call[keys.next(name)] = [tuple(t.shape) for t in tensors(output)]
 
-    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
-    handles = [m.register_forward_hook(leave) for m in modules]
-    if wanted:
-        handles += [m.register_forward_pre_hook(enter, with_kwargs=True) for m in modules]
+    modules = _named(model)
+    called, given = ({key.partition("#")[0] for key in calls} for calls in (of, wanted))
+    handles = [m.register_forward_hook(functools.partial(leave, n)) for m, n in modules.items() if n in called]
+    handles += [
+        m.register_forward_pre_hook(functools.partial(enter, n), with_kwargs=True)
+        for m, n in modules.items()
+        if n in given
+    ]
     try:
         model(*args, **kwargs)
     finally:
