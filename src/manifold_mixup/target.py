@@ -145,7 +145,9 @@ class MixedTarget:
             return lam * y.to(dtype) + rest * partner.to(dtype)
         if num_classes is None:
             raise ValueError("Class indices need the number of classes to become one-hot: target.soft(num_classes).")
-        for labels in (y, partner):
+        # To look at labels makes an accelerator wait, and cannot be compiled: there the scatter refuses them.
+        looks = y.device.type == "cpu" and not torch.compiler.is_compiling()
+        for labels in (y, partner) if looks else ():
             outside = labels[(labels < 0) | (labels >= num_classes)]
             if outside.numel():
                 raise ValueError(
@@ -208,7 +210,9 @@ class MixedTarget:
         """λ and 1 - λ, of a shape to be broadcast over the rows of a tensor of ``dim`` dimensions."""
         lam = self.lam
         if not isinstance(lam, Tensor):
-            return torch.tensor(lam, dtype=dtype, device=device), torch.tensor(1 - lam, dtype=dtype, device=device)
+            # Not tensor(lam), of which the compiler makes a constant, and compiles anew for every λ.
+            one = torch.ones((), dtype=dtype, device=device)
+            return lam * one, (1 - lam) * one
         lam = lam.to(device).view(-1, *[1] * (dim - 1))
         return lam.to(dtype), (1 - lam).to(dtype)
 
