@@ -201,8 +201,8 @@ def test_names_tell_what_a_mask_means():
     model.forward = lambda x, mask, key_padding_mask, lengths, weight: x
     inputs = (torch.randn(N, T), KEEP.long(), ~KEEP, LENGTHS, torch.rand(N, T))
     assert find_masks(model, inputs, {}, N) == {(0, 1): True, (0, 2): False, (0, 3): True}
-    nested = {"batch": {"attention_mask": KEEP, "flags": KEEP, "per_graph_mask": KEEP[:2]}}
-    assert find_masks(model, (), nested, N) == {(1, "batch", "attention_mask"): True, (1, "batch", "flags"): True}
+    nested = {"batch": {"attention_mask": KEEP, "features": KEEP, "per_graph_mask": KEEP[:2]}}
+    assert find_masks(model, (), nested, N) == {(1, "batch", "attention_mask"): True}
 
 
 @pytest.mark.parametrize(

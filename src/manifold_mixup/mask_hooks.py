@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from manifold_mixup.errors import BatchMismatch
 from manifold_mixup.masks import MaskPlan, Place, Rule, kept, unite
 from manifold_mixup.structure import Path, at, replace_at
 
@@ -85,12 +86,16 @@ class Masks:
             lam = lam.to(own.device)
         if not traced:
             partner = drawn.plans[layers[0]].partner
-            return unite(partner.own(own), partner.of(own), lam, how)
-        if live.kind == "fold":
-            half = own.shape[0] // 2
-            return unite(own[:half], own[half:], lam, how)
-        assert live.index is not None
-        return unite(own, own.index_select(0, live.index), lam, how)
+            mine, other = partner.own(own), partner.of(own)
+        elif live.kind == "fold":
+            mine, other = own.chunk(2)
+        else:
+            assert live.index is not None
+            mine, other = own, own.index_select(0, live.index)
+        both = unite(mine, other, lam, how)
+        if how.nested:
+            _check_nested(both, mine, other)
+        return both
 
     def silence(self, key: str, number: int, hidden: Tensor, weight: Any) -> Tensor:
         """A hidden state whose padded positions are zero, in the rows that are mixed here.
@@ -118,3 +123,17 @@ class Masks:
         shape = [1] * hidden.dim()
         shape[0], shape[dim] = keep.shape
         return hidden.masked_fill(~keep.view(shape), 0.0)
+
+
+def _check_nested(both: Tensor, own: Tensor, other: Tensor) -> None:
+    """The model counts positions, and the count of a union is known only if it is one of the two."""
+    one = ((both == own).flatten(1).all(1) | (both == other).flatten(1).all(1)).all()
+    message = (
+        "The model counts positions by its mask, and two masks of which neither holds the other (padding on different "
+        "sides, or in the middle) have a union that it would count differently. Pad all examples on one "
+        "side, or leave the layers that the mask reaches past out of S."
+    )
+    if torch.compiler.is_compiling():
+        torch._assert_async(one, message)
+    elif not bool(one):
+        raise BatchMismatch(message)

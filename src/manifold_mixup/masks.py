@@ -14,6 +14,7 @@ Padded positions hold no information: their states count as zero in the mixture.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -49,12 +50,14 @@ class Rule:
     """How the two values of a mask at one place are united.
 
     ``high``: larger values mean "attend". ``bound``: what lies beyond it (on the side of ``high``) is attended to.
-    ``pad``: the tensor holds token ids, and this one is the padding.
+    ``pad``: the tensor holds token ids, and this one is the padding. ``nested``: the union is right only where one of
+    the two masks holds the other (all padding on one side), as positions are counted.
     """
 
     high: bool = True
     bound: float = 0.5
     pad: float | None = None
+    nested: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class MaskPlan:
 def find_masks(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], size: int) -> dict[Path, bool]:
     """Which inputs are masks, and whether their larger values mean "attend".
 
-    Those whose name has "mask" in it, and booleans. A name with "pad" in it marks what is ignored, as
+    Those whose name has "mask" in it. A name with "pad" in it marks what is ignored, as
     ``key_padding_mask`` in PyTorch; all others mark what is attended to, as ``attention_mask`` in transformers.
     Integers of shape (n,) with "length" in their name are a mask too, of as many first positions.
     """
@@ -96,7 +99,7 @@ def find_masks(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
         if tensor.dim() == 1:
             if "length" in name.lower() and not tensor.is_floating_point():
                 found[path] = True
-        elif tensor.shape[-1] > 1 and ("mask" in name.lower() or tensor.dtype == torch.bool):
+        elif tensor.shape[-1] > 1 and "mask" in name.lower():
             found[path] = "pad" not in name.lower()
     return found
 
@@ -109,7 +112,7 @@ def padding_values(model: nn.Module) -> set[float]:
 
 
 def probed(arguments: Any, masks: Mapping[Path, bool], ids: Iterable[tuple[Path, float]] = ()) -> Any:
-    """Arguments in which the first example has no padding and the second half of all others is padding."""
+    """Arguments whose first example has no padding, the second in its second half, and all others in their first."""
     for path, high in masks.items():
         arguments = _edit(arguments, path, lambda mask, high=high: _probe(mask, high))
     for path, pad in ids:
@@ -127,24 +130,30 @@ def _edit(arguments: Any, path: Path, change: Any) -> Any:
 def _probe(mask: Tensor, high: bool) -> Tensor:
     if mask.dim() == 1:  # lengths
         probe = torch.full_like(mask, int(mask.max()))
-        probe[1:] = (probe[1:] + 1) // 2
+        probe[1:2] = (probe[1:2] + 1) // 2
         return probe
     attended, ignored = (1.0, 0.0) if high else (0.0, 1.0)
     if mask.is_floating_point() and not bool(((mask == 0) | (mask == 1)).all() and bool((mask != 0).any())):
         attended, ignored = (0.0, torch.finfo(mask.dtype).min) if high else (0.0, 1.0)  # added to attention scores
     probe = torch.full_like(mask, attended)
-    probe[1:, ..., math.ceil(mask.shape[-1] / 2) :] = ignored
+    half = math.ceil(mask.shape[-1] / 2)
+    probe[1:2, ..., half:] = ignored
+    probe[2:, ..., :half] = ignored
     return probe
 
 
 def _pad_ids(tokens: Tensor, pad: float) -> Tensor:
     other = torch.where(tokens == pad, torch.full_like(tokens, 1 if pad != 1 else 0), tokens)
-    other[1:, ..., math.ceil(tokens.shape[-1] / 2) :] = int(pad)
+    half = math.ceil(tokens.shape[-1] / 2)
+    other[1:2, ..., half:] = int(pad)
+    other[2:, ..., :half] = int(pad)
     return other
 
 
 def _rule(value: Tensor, pad: float | None) -> Rule | None:
     """How to unite what came through at a place under :func:`probed`; None where its values do not tell."""
+    if value.shape[0] != 3:
+        return None
     if pad is not None:
         return Rule(pad=pad)
     full, part = value[0].to(torch.float64), value[1].to(torch.float64)
@@ -156,7 +165,11 @@ def _rule(value: Tensor, pad: float | None) -> Rule | None:
     attended, ignored = full[changed], part[changed]
     a, b = (attended.min(), ignored.max()) if up else (attended.max(), ignored.min())
     middle = float(a + b) / 2
-    return Rule(up, middle if math.isfinite(middle) else float(a) - math.copysign(1.0, float(a - b)))
+    found = Rule(up, middle if math.isfinite(middle) else float(a) - math.copysign(1.0, float(a - b)))
+    if not torch.equal(unite(value[0], value[1], 0.5, found), value[0]):
+        return None
+    halves = torch.equal(unite(value[1], value[2], 0.5, found), value[0])
+    return found if halves else dataclasses.replace(found, nested=True)
 
 
 def unite(own: Tensor, other: Tensor, lam: float | Tensor, how: Rule) -> Tensor:
@@ -353,8 +366,8 @@ def judge(
             found = _rule(value, pads.get(graph.carried[entry.node]) if entry else None) if value is not None else None
             if found is None and place not in rules:
                 reasons[key] = (
-                    f"the mask that {place[0] or 'the model'!r} is given does not tell by its values which positions "
-                    "are padding, so two of them cannot be united."
+                    f"what {place[0] or 'the model'!r} is given is computed from the masks in a way that their union "
+                    "does not follow (weights, or other rows than the examples'), so two of them cannot be united."
                 )
             elif found is not None:
                 rules[place] = found

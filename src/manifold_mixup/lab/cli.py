@@ -35,6 +35,11 @@ METHOD_HELP = (
     "Repeat for several; they replace the recipe's. See [bold]manifold-mixup methods[/bold]."
 )
 
+NETWORK_HELP = (
+    "timm:NAME, torchvision:NAME, hf:CLASS of transformers, FILE.py:FACTORY (a function that returns the module, or "
+    "the module and its inputs), or one of the lab's own such as mlp. Options follow as :key=value,..."
+)
+
 RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the runs; finished ones are not repeated.")]
 SeedsOption = Annotated[str | None, typer.Option("--seeds", help="5 is seeds 0 to 4; 3,4 and 100-104 are these.")]
 StepsOption = Annotated[int | None, typer.Option("--steps", help="Optimiser updates.")]
@@ -212,6 +217,69 @@ def datasets(as_json: JsonOption = False) -> None:
         display.console().print(
             display.listing("data sets", ("name", "what it is", "options", "source and terms"), rows)
         )
+
+
+@app.command()
+def layers(
+    network: Annotated[str, typer.Argument(metavar="NETWORK", help=NETWORK_HELP, show_default=False)],
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            help="Shape of one example, without the batch: 3,224,224; 128:int for integers, NAME=128 for an input by "
+            "keyword. Repeat for several. Default: what the network was made for.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float, int or bool, for inputs that do not say it.")
+    ] = None,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option("--layer", "-l", help="A layer of S, instead of those that layers='auto' takes. Repeat for more."),
+    ] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="A saved config.json, for hf:CLASS.")] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also every other module call, and why it cannot be mixed.")
+    ] = False,
+    meta: Annotated[
+        bool,
+        typer.Option("--meta", help="Compute nothing and take no memory: for networks too large for this machine."),
+    ] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Show where a network may be mixed, and which layers S would hold.
+
+    Weights are drawn at random: none are downloaded, ever, for the answer does not depend on them.
+
+    Example: [bold]manifold-mixup layers timm:resnet50[/bold]
+
+    Example: [bold]manifold-mixup layers timm:resnet50:num_classes=10 --input 3,64,64 -l input -l layer2[/bold]
+
+    Example: [bold]manifold-mixup layers hf:BertForSequenceClassification:num_hidden_layers=4 --input 64[/bold]
+
+    Example: [bold]manifold-mixup layers path/to/net.py:make_net --input 3,32,32 --all[/bold]
+    """
+    from manifold_mixup.lab import display
+    from manifold_mixup.lab.networks import build_network, survey
+
+    with display.working(f"building {network}", quiet=quiet):
+        built = build_network(network, inputs or (), dtype, config, meta=meta)
+    with display.working(f"following the data through {network}", quiet=quiet):
+        found = survey(built, layer or ())
+    if as_json:
+        for entry in found.entries(everything):
+            _print_json(entry)
+        return
+    out = display.console()
+    out.print(display.cut_point_table(f"{network}: where it may be mixed", found.points, found.layers))
+    if everything:
+        rows = [(refusal.name, refusal.reason) for refusal in found.refusals]
+        out.print(display.listing("where it may not", ("layer", "why"), rows))
+    typer.echo(f"examples: {built.described()}")
+    typer.echo(f"layers={json.dumps(found.layers)}" + ("" if layer else ", which is what layers='auto' takes"))
+    for note in found.notes:
+        typer.echo(note)
 
 
 def _carry_out(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -20,13 +22,14 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from manifold_mixup.cutpoints import CutPoint
 from manifold_mixup.lab.config import PlannedRun
 from manifold_mixup.lab.measures.catalog import MAIN, OWN, describe
 from manifold_mixup.lab.options import Options
 from manifold_mixup.lab.records import Failure, Record
 from manifold_mixup.lab.statistics import format_mean_sd, paired_difference, summary
 
-__all__ = ["Bars", "comparison", "console", "listing", "options_text", "single"]
+__all__ = ["Bars", "comparison", "console", "cut_point_table", "listing", "options_text", "single", "working"]
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -91,6 +94,12 @@ class Bars:
 
 def _key(run: PlannedRun) -> tuple[str, str, int]:
     return run.experiment, run.label, run.config.seed
+
+
+def working(text: str, *, quiet: bool = False) -> AbstractContextManager[Any]:
+    """A spinner for what takes a moment; silent unless stderr is a terminal."""
+    target = console(stderr=True)
+    return nullcontext() if quiet or not target.is_terminal else target.status(escape(text))
 
 
 def comparison(records: Sequence[Record]) -> Iterable[Table]:
@@ -183,3 +192,41 @@ def options_text(model: type[Options]) -> str:
     """The options of a part, one per line, with default and meaning."""
     lines = [f"{name}={field.default}: {field.description}" for name, field in model.model_fields.items()]
     return "\n".join(lines) or "-"
+
+
+def cut_point_table(title: str, points: Sequence[CutPoint], layers: Sequence[str]) -> Table:
+    """The places where a network may be mixed, with those of S marked."""
+    masks = any(point.masks for point in points)
+    caption = (
+        "S: the layers that are drawn from. Compute: share of the forward's FLOPs up to and with the layer, and inside "
+        "it. End: of a stage, a run of layers of one shape."
+    )
+    if masks:
+        caption += " Masks: mixing here unites the two examples' masks from there on."
+    table = Table(title=escape(title), caption=escape(caption), caption_justify="left")
+    table.add_column("S")
+    table.add_column("layer", overflow="fold")
+    table.add_column("one hidden state")
+    for heading in ("features", "compute", "its own"):
+        table.add_column(heading, justify="right")
+    for heading in ("end", "masks")[: 1 + masks]:
+        table.add_column(heading, justify="center")
+    for point in points:
+        marks = (point.stage_end, point.masks)[: 1 + masks]
+        table.add_row(
+            "●" if point.name in layers else "",
+            escape(point.name),
+            shape_text(point.shape),
+            f"{point.features:,}",
+            f"{point.compute:.1%}",
+            f"{point.own_compute:.1%}",
+            *("●" if mark else "" for mark in marks),
+        )
+    return table
+
+
+def shape_text(shape: tuple[Any, ...]) -> str:
+    """``64×56×56``; several tensors that are mixed together are joined by +."""
+    if shape and isinstance(shape[0], tuple):
+        return " + ".join(map(shape_text, shape))
+    return "\N{MULTIPLICATION SIGN}".join(map(str, shape)) or "1"

@@ -1,0 +1,1 @@
+"""Adapters for trainers: one module per framework, the only one that imports it."""
