@@ -268,6 +268,12 @@ class BeforeForward(_Hook):
             drawn = repeated_draw(live, module)
             live.blind = [d for d in live.blind if d is not drawn]
             return self._inputs(drawn, INPUT in drawn.plans, args, kwargs)
+        if live.on and not torch.compiler.is_compiling():
+            raise UnsupportedModel(
+                f"{type(module).__name__} is called inside its own forward, so which of the two calls has to mix "
+                "cannot be told. (Lightning runs training_step so under DDP: use ManifoldMixupCallback of "
+                "manifold_mixup.integrations.lightning.) Attach the mixer to the network inside it."
+            )
         live.on = live.armed and not live.paused and module.training
         if not live.on:
             return None
