@@ -4,7 +4,7 @@ PYTHON ?= python3
 SHELL := /bin/bash
 RUNS ?= runs
 
-.PHONY: demo test test-all check bench clean
+.PHONY: demo test test-all check bench models docs clean
 .DELETE_ON_ERROR:
 
 .venv/ready: pyproject.toml constraints.txt
@@ -35,6 +35,12 @@ bench: .venv-dev/ready
 	.venv-dev/bin/python benchmarks/interpolation.py
 	.venv-dev/bin/python benchmarks/import_time.py
 	.venv-dev/bin/python benchmarks/discovery.py
+
+docs: .venv-dev/ready  ## the documentation site, in dist/site; make test builds it as well, and runs what it shows
+	NO_MKDOCS_2_WARNING=1 .venv-dev/bin/mkdocs build --strict
+
+models: .venv-dev/ready  ## one network of every family of timm: S, exactness and cost, and the table in docs/results
+	.venv-dev/bin/python docs/results/families.py --runs $(RUNS)
 
 clean:
 	rm -rf .venv .venv-dev dist

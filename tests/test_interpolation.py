@@ -11,7 +11,8 @@ from torch import Tensor
 
 from manifold_mixup import Partner, interpolate
 from manifold_mixup.errors import BatchMismatch, PairingError
-from manifold_mixup.interpolation import Plan, apply_traced, draw_lam, draw_partner
+from manifold_mixup.interpolation import Plan, apply_traced
+from manifold_mixup.pairing import draw_lam, draw_partner
 
 
 def generator(seed: int = 0) -> torch.Generator:

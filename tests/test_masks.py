@@ -231,3 +231,24 @@ def test_a_larger_mask_tells_the_padding_by_what_nobody_attends_to():
     causal = KEEP[:, None, None, :] & torch.ones(T, T, dtype=torch.bool).tril()
     assert torch.equal(kept(causal, Rule(), T), KEEP)
     assert torch.equal(kept(LENGTHS, Rule(), T), KEEP)
+
+
+def test_what_is_padding_in_both_parts_stays_as_it_is_and_keeps_its_gradient(x, fixed_lam):
+    """Zeros there have no variance: a layer norm behind them multiplies gradients by 1 / sqrt(eps)."""
+    norm = nn.LayerNorm(D, eps=1e-12).double()
+    model = Net(
+        lambda m, x, mask: m.norm(m.b(m.embed(x), mask)), embed=nn.Linear(D, D), b=Attention(), norm=norm
+    ).double()
+    seen = []
+    model.b.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    fixed_lam(0.3)
+    out, mixup = mixed(model, ["embed"], x=x, mask=KEEP)
+    neither = ~(KEEP | KEEP[PARTNER])
+    assert neither.any()
+    assert torch.equal(seen[-1][neither], model.embed(x)[neither])
+    only = KEEP & ~KEEP[PARTNER]
+    torch.testing.assert_close(seen[-1][only], 0.3 * model.embed(x)[only])
+    (gradient,) = torch.autograd.grad(out.square().sum() + out.sum(), [model.embed.weight])
+    mixup.remove()
+    (plain,) = torch.autograd.grad(model(x, KEEP).square().sum() + model(x, KEEP).sum(), [model.embed.weight])
+    assert gradient.norm() < 100 * plain.norm() + 100

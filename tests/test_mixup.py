@@ -855,3 +855,13 @@ def test_a_model_that_is_called_inside_its_own_forward_is_refused():
         model(x, step=True)
     _, target = mixup(x, y)
     F.cross_entropy(model(x), target)
+
+
+def test_a_state_of_other_layers_is_refused_before_the_first_batch_too():
+    model = mlp()
+    mixup = ManifoldMixup(model, layers=["0", "1"])
+    mixup(*batch())
+    state = mixup.state_dict()
+    mixup.remove()
+    with pytest.raises(ValueError, match=r"had S = \['0', '1'\], this one has \['1'\]"):
+        ManifoldMixup(model, layers=["1"]).load_state_dict(state)

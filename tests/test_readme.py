@@ -3,42 +3,33 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
 
 import manifold_mixup
 from manifold_mixup import errors
+from support_docs import ROOT, blocks, run, shell_problems
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+PAGE = ROOT / "README.md"
+README = PAGE.read_text(encoding="utf-8")
 
 
-def test_every_python_block_runs_one_after_the_other(capsys):
-    namespace: dict[str, object] = {}
-    found = blocks("python")
-    assert len(found) >= 2
-    for block in found:
-        exec(compile(block, "README.md", "exec"), namespace)
+def test_every_python_block_runs_one_after_the_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert len(blocks(PAGE, "python")) >= 2
+    namespace, printed = run(PAGE)
     assert isinstance(namespace["mixup"], manifold_mixup.ManifoldMixup)
     assert torch.isfinite(namespace["loss"])
-    assert "input" in capsys.readouterr().out
+    assert "input" in printed
 
 
 def test_every_command_exists():
-    typer = pytest.importorskip("typer")
-    from manifold_mixup.lab.cli import app
-
-    commands = set(typer.main.get_command(app).commands)
-    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    shell = "\n".join(blocks("bash"))
-    assert set(re.findall(r"^manifold-mixup (\w+)", shell, re.MULTILINE)) <= commands
-    assert set(re.findall(r"^make ([\w-]+)", shell, re.MULTILINE)) == {"demo", "test"} <= targets
+    pytest.importorskip("typer")
+    assert shell_problems(PAGE) == []
+    shell = "\n".join(block.content for block in blocks(PAGE, "bash"))
+    assert set(re.findall(r"^make ([\w-]+)", shell, re.MULTILINE)) == {"demo", "test"}
+    assert len(set(re.findall(r"^manifold-mixup (\w+)", shell, re.MULTILINE))) >= 5
 
 
 def test_every_error_it_names_exists():

@@ -2,8 +2,9 @@
 
 from manifold_mixup import errors
 from manifold_mixup.cutpoints import CutPoint, cut_points
-from manifold_mixup.interpolation import Partner, interpolate
+from manifold_mixup.interpolation import interpolate
 from manifold_mixup.mixup import Draw, ManifoldMixup
+from manifold_mixup.pairing import Partner
 from manifold_mixup.target import MixedTarget
 
 __version__ = "0.1.0"

@@ -75,7 +75,11 @@ class Discovery:
                 for leaf, label in zip(graph.source_leaves, graph.sources.values(), strict=True)
                 if not leaf.floating and leaf.node not in graph.masks
             }
-            return NotACutPoint(name, f"{_list(kinds)} holds integers, which cannot be interpolated.", None)
+            return NotACutPoint(
+                name,
+                f"{_list(kinds)} {'holds' if len(kinds) == 1 else 'hold'} integers, which cannot be interpolated.",
+                None,
+            )
         call = next((c for c in graph.calls if c.key == name), None)
         if call is None:
             base = name.partition("#")[0]

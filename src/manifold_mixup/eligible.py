@@ -13,7 +13,16 @@ from manifold_mixup.errors import LayerNotFound, NotACutPoint
 if TYPE_CHECKING:
     from manifold_mixup.cutpoints import Discovery
 
-__all__ = ["INPUT", "CutPoint", "auto_layers", "choose_layers", "resolve_name", "stage_ends"]
+__all__ = [
+    "INPUT",
+    "CutPoint",
+    "auto_layers",
+    "canonical",
+    "choose_layers",
+    "resolve_name",
+    "stage_ends",
+    "too_few_features",
+]
 
 INPUT = "input"
 
@@ -99,6 +108,12 @@ def resolve_name(model: nn.Module, name: str) -> tuple[str, int]:
     return canonical, int(number or 1)
 
 
+def canonical(model: nn.Module, name: str) -> str:
+    """The name by which hooks know a call; LayerNotFound if no module has it."""
+    base, number = resolve_name(model, name)
+    return base if number == 1 else f"{base}#{number}"
+
+
 def choose_layers(
     model: nn.Module, layers: str | Sequence[str] | Callable[[list[CutPoint]], Sequence[str]], discovery: Discovery
 ) -> list[str]:
@@ -118,8 +133,7 @@ def choose_layers(
     chosen = []
     for name in names:
         if name != INPUT:
-            base, number = resolve_name(model, name)
-            name = base if number == 1 else f"{base}#{number}"
+            name = canonical(model, name)
         if name not in points:
             raise discovery.explain(name)
         chosen.append(name)
@@ -129,7 +143,8 @@ def choose_layers(
 def _no_choice(discovery: Discovery) -> str:
     """Why layers="auto" has nothing to offer, by the example of the call in the middle of the network."""
     names = [repr(p.name) for p in discovery.cut_points]
-    few = f"the only cut points are {', '.join(names)}, behind which there is nothing left to learn." if names else ""
+    only = f"the only cut point is {names[0]}" if len(names) == 1 else f"the only cut points are {', '.join(names)}"
+    few = f"{only}, behind which there is nothing left to learn." if names else ""
     parts = [few or "neither the input nor any module of this model is a cut point."]
     for name in (INPUT, *discovery.middle()):
         why = discovery.explain(name)
@@ -138,3 +153,11 @@ def _no_choice(discovery: Discovery) -> str:
     if names:
         parts.append(f"To mix there all the same, name them: layers=[{names[-1]}].")
     return " ".join(parts)
+
+
+def too_few_features(name: str, features: int, classes: int) -> str:
+    """What to warn of where the classes cannot become linearly separable."""
+    return (
+        f"The layer {name!r} has {features} features for {classes} classes. Manifold mixup can make the classes "
+        "linearly separable only with dim(H) >= d - 1 (Verma et al. 2019, Theorem 1)."
+    )

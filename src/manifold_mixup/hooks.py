@@ -128,14 +128,10 @@ class _Hook:
             if tensor.dim() == 0 or tensor.shape[0] != drawn.size:
                 raise BatchMismatch(_mismatch(key, tensor, drawn.size))
             mixed += 1
-            traced = torch.compiler.is_compiling()
-            if live.masks is not None:
-                weight = live.lam[key] if traced else drawn.plans[key].own
-                tensor = live.masks.silence(key, mixed - 1, tensor, weight)
-            if traced:
-                assert live.index is not None
-                return apply_traced(tensor, live.kind, live.index, live.inverse, live.lam[key])
-            return apply_plan(tensor, drawn.plans[key])
+            if live.masks is None:
+                return self._mix_one(drawn, key, tensor)
+            plan = None if torch.compiler.is_compiling() else drawn.plans[key]
+            return live.masks.mix(live, plan, key, mixed - 1, tensor, lambda t: self._mix_one(drawn, key, t))
 
         result = map_tensors(visit, value)
         if flags is not None and place + 1 != len(flags):
@@ -146,10 +142,17 @@ class _Hook:
         if not mixed:
             shapes = [tuple(t.shape) for t in tensors(value)]
             raise BatchMismatch(
-                f"The layer {key!r} returned no floating tensor with the batch's {drawn.size} rows in dimension 0 "
-                f"(shapes {shapes}), so it cannot be mixed. {_OTHER_DATA}"
+                f"{'The input holds' if key == INPUT else f'The layer {key!r} returned'} no floating tensor with the "
+                f"batch's {drawn.size} rows in dimension 0 (shapes {shapes}), so it cannot be mixed. {_OTHER_DATA}"
             )
         return result
+
+    def _mix_one(self, drawn: Drawn, key: str, tensor: Tensor) -> Tensor:
+        live = self.live
+        if not torch.compiler.is_compiling():
+            return apply_plan(tensor, drawn.plans[key])
+        assert live.index is not None
+        return apply_traced(tensor, live.kind, live.index, live.inverse, live.lam[key])
 
 
 def _mismatch(key: str, tensor: Tensor, size: int) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from manifold_mixup.errors import BatchMismatch
+from manifold_mixup.interpolation import Plan
 from manifold_mixup.masks import MaskPlan, Place, Rule, kept, unite
 from manifold_mixup.structure import Path, at, replace_at
 
@@ -84,45 +85,62 @@ class Masks:
             lam = torch.minimum(lam, weight)
         if isinstance(lam, Tensor):
             lam = lam.to(own.device)
-        if not traced:
-            partner = drawn.plans[layers[0]].partner
-            mine, other = partner.own(own), partner.of(own)
-        elif live.kind == "fold":
-            mine, other = own.chunk(2)
-        else:
-            assert live.index is not None
-            mine, other = own, own.index_select(0, live.index)
+        mine, other = _pair(live, None if traced else drawn.plans[layers[0]], own)
         both = unite(mine, other, lam, how)
         if how.nested:
             _check_nested(both, mine, other)
         return both
 
-    def silence(self, key: str, number: int, hidden: Tensor, weight: Any) -> Tensor:
-        """A hidden state whose padded positions are zero, in the rows that are mixed here.
+    def mix(
+        self, live: Live, plan: Plan | None, key: str, number: int, hidden: Tensor, mix: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Mix a hidden state whose padded positions count as zero, in the rows of which both parts count.
+
+        What is padding in both parts is left as it is in the first: zeros there would have no variance, and what
+        normalises them would blow up their gradient.
 
         Args:
-            key: the cut. Rows of which one part alone counts are left as they are.
+            live: the state of the mixer.
+            plan: of the draw; None while it is compiled.
+            key: the cut.
             number: which of the mixed tensors of the cut this is.
             hidden: shape (n, ...).
-            weight: λ, or one value for every row, 1 where it is not mixed here.
+            mix: what mixes it.
         """
-        plan = self.plans.get(key)
-        if isinstance(weight, float) and weight == 0.0:
-            return hidden  # only the partners count, and they are not mixed with anything
-        if plan is None or number >= len(plan.keep) or plan.keep[number] is None:
-            return hidden
-        place, dim = plan.keep[number]  # type: ignore[misc]
-        mask = self.held.get(place)
-        if mask is None or mask.shape[0] != hidden.shape[0]:
-            return hidden
+        keeps = self.plans[key].keep if key in self.plans else ()
+        found = keeps[number] if number < len(keeps) else None
+        mask = None if found is None else self.held.get(found[0])
+        weight: Any = live.lam[key] if plan is None else plan.own
+        if found is None or mask is None or mask.shape[0] != hidden.shape[0]:
+            return mix(hidden)
+        if not isinstance(weight, Tensor) and weight == 0.0:
+            return mix(hidden)  # only the partners count, and they are not mixed with anything
+        place, dim = found
         keep = kept(mask.to(hidden.device), self.rules[place], hidden.shape[dim])
         if keep.shape[1] != hidden.shape[dim]:
-            return hidden
-        if isinstance(weight, Tensor) and weight.dim() and weight.shape[0] == hidden.shape[0]:
-            keep = keep | ((weight == 1.0) | (weight == 0.0)).to(keep.device).view(-1, 1)
+            return mix(hidden)
+        mine, other = _pair(live, plan, keep)
+        neither = ~(mine | other)
+        if isinstance(weight, Tensor):
+            alone = ((weight == 1.0) | (weight == 0.0)).to(keep.device)
+            alone = alone.view(-1, 1) if alone.dim() else alone
+            keep, neither = keep | alone, neither & ~alone
         shape = [1] * hidden.dim()
         shape[0], shape[dim] = keep.shape
-        return hidden.masked_fill(~keep.view(shape), 0.0)
+        mixed = mix(hidden.masked_fill(~keep.view(shape), 0.0))
+        shape[0] = neither.shape[0]
+        return torch.where(neither.view(shape), hidden[: neither.shape[0]], mixed)
+
+
+def _pair(live: Live, plan: Plan | None, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of weight λ, and those of their partners; without a plan as torch.compile traces it."""
+    if plan is not None:
+        return plan.partner.own(rows), plan.partner.of(rows)
+    if live.kind == "fold":
+        mine, other = rows.chunk(2)
+        return mine, other
+    assert live.index is not None
+    return rows, rows.index_select(0, live.index)
 
 
 def _check_nested(both: Tensor, own: Tensor, other: Tensor) -> None:

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from manifold_mixup.cutpoints import Discovery, discover
-from manifold_mixup.eligible import choose_layers, resolve_name
+from manifold_mixup.eligible import canonical, choose_layers, too_few_features
 from manifold_mixup.errors import AlreadyAttached, LayerNotReached, MixerRemoved
 from manifold_mixup.hooks import EVERY, INPUT, AfterForward, BeforeForward, Drawn, EndForward, Live, MaskHook, SiteHook
-from manifold_mixup.interpolation import Pairing, Partner, Plan, draw_lam, draw_partner
+from manifold_mixup.interpolation import Plan
 from manifold_mixup.mask_hooks import Masks
-from manifold_mixup.structure import map_tensors, tensors
+from manifold_mixup.pairing import Pairing, Partner, draw_lam, draw_partner
+from manifold_mixup.structure import arguments, map_tensors, tensors
 from manifold_mixup.target import MixedTarget
 from manifold_mixup.validation import Layers, common_size, unwrap, validate
 
@@ -97,7 +98,7 @@ class ManifoldMixup:
         _refuse_second(self._root)
         for name in () if isinstance(self._request, str) or callable(self._request) else self._request:
             if name != INPUT:
-                resolve_name(self._root, name)
+                canonical(self._root, name)
         self._layers: list[str] | None = None
         self._generator: torch.Generator | None = None
         self._live = Live()
@@ -163,7 +164,7 @@ class ManifoldMixup:
         if not self._root.training:
             return x, MixedTarget(y, y, 1.0)
         if self._layers is None:
-            self.discover(*_arguments(x)[0], **_arguments(x)[1])
+            self.discover(*arguments(x)[0], **arguments(x)[1])
         assert self._layers is not None
         self._warn_of_theorem(y)
         draw, partner, drawn = self._draw(size, y)
@@ -223,8 +224,9 @@ class ManifoldMixup:
         if set(state) != {"generator", "layers"}:
             raise ValueError(f"Expected the keys 'generator' and 'layers', but got {sorted(map(str, state))}.")
         layers = state["layers"]
-        if layers is not None and self._layers is not None and list(layers) != self._layers:
-            raise ValueError(f"The saved mixer had S = {list(layers)}, this one has {self._layers}.")
+        named = self._named() if self._layers is None else self._layers
+        if layers is not None and named is not None and list(layers) != named:
+            raise ValueError(f"The saved mixer had S = {list(layers)}, this one has {named}.")
         self._own_generator().set_state(state["generator"].to("cpu", torch.uint8))
         if layers is not None and self._layers is None:
             self._request = list(layers)
@@ -237,6 +239,12 @@ class ManifoldMixup:
         return copy
 
     # ---------------------------------------------------------------- how it is done
+
+    def _named(self) -> list[str] | None:
+        """S as far as the arguments say it, in the names that it will have."""
+        if isinstance(self._request, str) or callable(self._request):
+            return None
+        return list(dict.fromkeys(n if n == INPUT else canonical(self._root, n) for n in self._request))
 
     def _refuse_if_removed(self) -> None:
         if self._removed:
@@ -263,9 +271,8 @@ class ManifoldMixup:
         keys: dict[str, set[str]] = {}
         for i, name in enumerate(layers):
             if name != INPUT:
-                base, number = resolve_name(self._root, name)
-                layers[i] = base if number == 1 else f"{base}#{number}"
-                keys.setdefault(base, set()).add(layers[i])
+                layers[i] = canonical(self._root, name)
+                keys.setdefault(layers[i].partition("#")[0], set()).add(layers[i])
         live = self._live
         live.sites = [SiteHook(live, base, frozenset(names), self._root) for base, names in keys.items()]
         self._handles += [self._root.get_submodule(s.name).register_forward_hook(s) for s in live.sites]
@@ -369,11 +376,7 @@ class ManifoldMixup:
         classes = next((s[0] for s in self._outputs if s), 0) if labels else 0
         for name in self._layers or []:
             if name != INPUT and self._features[name] < classes - 1:
-                warnings.warn(
-                    f"The layer {name!r} has {self._features[name]} features for {classes} classes. Manifold mixup can "
-                    "make the classes linearly separable only with dim(H) >= d - 1 (Verma et al. 2019, Theorem 1).",
-                    stacklevel=3,
-                )
+                warnings.warn(too_few_features(name, self._features[name], classes), stacklevel=3)
 
 
 def _remove(handles: list[RemovableHandle], live: Live) -> None:
@@ -395,17 +398,6 @@ def _refuse_second(root: nn.Module) -> None:
                 f"{type(other._root).__name__} has a mixer already: {other!r}. Two would mix twice. "
                 "Call its remove() first."
             )
-
-
-def _arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """How a model is called with x: positional arguments, keyword arguments, or one argument."""
-    if isinstance(x, Tensor):
-        return (x,), {}
-    if isinstance(x, (tuple, list)):
-        return tuple(x), {}
-    if hasattr(x, "keys"):
-        return (), dict(x)
-    return (x,), {}
 
 
 def _float64_on(weights: Tensor, device: torch.device) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-__all__ = ["Path", "at", "batch_size", "map_tensors", "packed", "paths", "replace_at", "tensors"]
+__all__ = ["Path", "arguments", "at", "batch_size", "map_tensors", "packed", "paths", "replace_at", "tensors"]
 
 Path = tuple[Any, ...]  # indices, keys and field names that lead to a tensor
 
@@ -92,6 +92,17 @@ def replace_at(value: Any, path: Path, new: Any) -> Any:
     rebuilt = {**value} if type(value) is dict else copy.copy(value)  # torch.compile cannot follow copy of a dict
     rebuilt[step] = inner
     return rebuilt
+
+
+def arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """How a model is called with x: positional arguments, keyword arguments, or one argument."""
+    if isinstance(x, Tensor):
+        return (x,), {}
+    if isinstance(x, (tuple, list)):
+        return tuple(x), {}
+    if hasattr(x, "keys"):
+        return (), dict(x)
+    return (x,), {}
 
 
 def packed(value: Any) -> bool:

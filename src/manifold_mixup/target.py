@@ -225,6 +225,7 @@ class MixedTarget:
     to, cpu, cuda = _on_each("to"), _on_each("cpu"), _on_each("cuda")
     long, float = _on_each("long"), _on_each("float")
     contiguous, detach, clone = _on_each("contiguous"), _on_each("detach"), _on_each("clone")
+    clamp = _on_each("clamp")  # heads for question answering move positions outside of the text to an ignored one
     view, reshape, flatten = _on_shape("view"), _on_shape("reshape"), _on_shape("flatten")
     squeeze, unsqueeze = _on_shape("squeeze"), _on_shape("unsqueeze")
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from manifold_mixup.cutpoints import CutPoint
 from manifold_mixup.errors import BatchMismatch, UnsupportedModel
-from manifold_mixup.interpolation import PAIRINGS, Pairing
+from manifold_mixup.pairing import PAIRINGS, Pairing
 from manifold_mixup.structure import batch_size, tensors
 
 __all__ = ["Layers", "common_size", "unwrap", "validate"]

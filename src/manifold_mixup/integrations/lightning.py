@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from manifold_mixup.errors import AlreadyAttached, BatchMismatch, DiscoveryFailed, LayerNotReached, UnsupportedModel
-from manifold_mixup.interpolation import Pairing
 from manifold_mixup.mixup import ManifoldMixup
+from manifold_mixup.pairing import Pairing
 from manifold_mixup.structure import tensors
 from manifold_mixup.target import MixedTarget
 from manifold_mixup.validation import Layers, validate

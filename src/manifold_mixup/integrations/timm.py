@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from manifold_mixup.errors import LayerNotReached
-from manifold_mixup.interpolation import Pairing
 from manifold_mixup.mixup import ManifoldMixup
+from manifold_mixup.pairing import Pairing
 from manifold_mixup.target import MixedTarget
 from manifold_mixup.validation import Layers
 
