@@ -363,7 +363,8 @@ class ManifoldMixup:
                 raise LayerNotReached(
                     "The loss sees mixed labels, but no training forward of the model has mixed its features since "
                     "mixup(x, y). Call the model (not its submodules) in training mode on this batch before the loss. "
-                    "A model compiled and run before the mixer was made has to be compiled anew: torch._dynamo.reset()."
+                    "A compiled model that ran before the mixer was made, or another of its class that did, has to be "
+                    "compiled anew: torch._dynamo.reset()."
                 )
 
         return ready

@@ -288,8 +288,9 @@ def by_hand_with_masks(
 ) -> Any:
     """The slow twin where masks reach past the cut.
 
-    The hidden state is recorded with every row's own masks, padded positions are set to zero, the two rows are mixed,
-    and the second forward has the inputs ``after`` (the united masks). What comes before the cut in it does not count.
+    The hidden state is recorded with every row's own masks and the two rows are mixed: what is padding in one of them
+    counts as zero, and what is padding in both stays as it is. The second forward has the inputs ``after`` (the united
+    masks); what comes before the cut in it does not count.
 
     Args:
         model: the network.
@@ -303,9 +304,10 @@ def by_hand_with_masks(
     n = len(partner)
 
     def mixed(h: Tensor) -> Tensor:
-        if h.dim() == 3 and h.shape[1] == attended.shape[1]:
-            h = torch.where(attended.unsqueeze(-1), h, torch.zeros_like(h))
-        return mixture(lam, partner)(h)
+        if lam == 0.0 or h.dim() != 3 or h.shape[1] != attended.shape[1]:
+            return mixture(lam, partner)(h)
+        either = (attended | attended[partner]).unsqueeze(-1)
+        return torch.where(either, mixture(lam, partner)(h * attended.unsqueeze(-1)), h)
 
     if key == "input":
         return call(model, {**after, **on_rows(mixed, n)({k: v for k, v in x.items() if k not in _changed(x, after)})})

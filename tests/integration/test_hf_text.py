@@ -519,7 +519,7 @@ class LeakyMean(nn.Module):
         return self.head(self.encoder(input_ids, attention_mask=attention_mask).last_hidden_state.mean(1))
 
 
-def test_a_head_that_reads_padded_positions_sees_them_as_zeros_of_the_mixed_layer(lam):
+def test_a_head_that_reads_padded_positions_sees_those_of_one_part_as_zeros_of_the_mixed_layer(lam):
     model, x, layer = prepared(LeakyMean()), padded(), "encoder.encoder.layer.1"
     assert_equal(mixed_output(model, x, N, layer), twin(model, x, layer))
 
