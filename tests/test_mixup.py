@@ -865,3 +865,17 @@ def test_a_state_of_other_layers_is_refused_before_the_first_batch_too():
     mixup.remove()
     with pytest.raises(ValueError, match=r"had S = \['0', '1'\], this one has \['1'\]"):
         ManifoldMixup(model, layers=["1"]).load_state_dict(state)
+
+
+def test_a_cuda_graph_captured_by_hand_is_refused(monkeypatch):
+    """Its replays would know nothing of new draws, and no hook would run to notice."""
+    model = mlp()
+    mixup = ManifoldMixup(model, layers=["1"])
+    x, y = batch()
+    mixup(x, y)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(errors.UnsupportedModel, match='mode="reduce-overhead"'):
+        model(x)
+    with mixup.paused():
+        model(x)
