@@ -282,7 +282,7 @@ class BeforeForward(_Hook):
             return None
         if not torch.compiler.is_compiling() and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise UnsupportedModel(
-                "A CUDA graph that is captured by hand would repeat the λ, the partners and the labels of this one step "
+                "A CUDA graph captured by hand would repeat the λ, the partners and the labels of this one step "
                 'for ever. Use torch.compile(model, mode="reduce-overhead"), whose graphs take them as inputs.'
             )
         for site in live.sites:
