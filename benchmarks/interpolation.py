@@ -30,14 +30,14 @@ import sys
 import time
 from collections.abc import Callable
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler, used for its memory events, is talkative
-
 import torch
 import torch.nn.functional as F
+from harness import peak_bytes
 from torch import Tensor, nn
 
 from manifold_mixup import ManifoldMixup
-from manifold_mixup.interpolation import Partner, draw_partner, interpolate
+from manifold_mixup.interpolation import interpolate
+from manifold_mixup.pairing import Partner, draw_partner
 
 SHAPES = {"128x64x32x32": (128, 64, 32, 32), "64x197x768": (64, 197, 768)}
 LAM = 0.37
@@ -84,14 +84,7 @@ def seconds(operation: Callable[[], Tensor], h: Tensor, grad: Tensor) -> float:
 
 def peak(operation: Callable[[], object], unit: Tensor) -> float:
     """Largest sum of live allocations while the operation runs, in sizes of ``unit``."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        operation()
-    live = most = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            most = max(most, live)
-    return most / (unit.numel() * unit.element_size())
+    return peak_bytes(operation) / (unit.numel() * unit.element_size())
 
 
 def step_memory() -> None:

@@ -379,9 +379,15 @@ def _not_reached(live: Live) -> str:
     if live.active == EVERY:
         return (
             f"Only {live.fired} of the {live.expected} layers of S ran in this training forward, so some pairs were "
-            "not mixed. Leave the layers that do not always run (stochastic depth, early exits) out of S."
+            f"not mixed. Leave the layers that do not always run (stochastic depth, early exits) out of S. {_COMPILED}"
         )
     return (
         f"The layer {live.active!r} was drawn but did not run in this training forward, so nothing was mixed. Leave "
-        "layers that do not always run (stochastic depth, early exits, frozen branches) out of S: layers=[...]."
+        "layers that do not always run (stochastic depth, early exits, frozen branches) out of S: layers=[...]. "
+        f"{_COMPILED}"
     )
+
+
+_COMPILED = (
+    "If the model was compiled and run before the mixer was made, it has to be compiled anew: torch._dynamo.reset()."
+)
