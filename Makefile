@@ -35,6 +35,9 @@ bench: .venv-dev/ready
 	.venv-dev/bin/python benchmarks/interpolation.py
 	.venv-dev/bin/python benchmarks/import_time.py
 	.venv-dev/bin/python benchmarks/discovery.py
+	.venv-dev/bin/python benchmarks/compiled_op.py
+	.venv-dev/bin/python benchmarks/step_overhead.py
+	.venv-dev/bin/python benchmarks/peers.py
 
 docs: .venv-dev/ready  ## the documentation site, in dist/site; make test builds it as well, and runs what it shows
 	NO_MKDOCS_2_WARNING=1 .venv-dev/bin/mkdocs build --strict

@@ -1,8 +1,9 @@
 """What the benchmarks share: steps of several variants taking turns, peak memory, records.
 
-Every variant has a model and an optimizer of its own, with equal weights, and trains on the same batch. In a round each
-of them takes one turn (``burst`` steps), in an order that is shuffled anew for every round. A ratio is a variant's time
-over plain training's in the same round, so that what slows the machine for seconds slows both.
+Every variant has modules and hooks of its own, but all share one set of weights, statistics and optimizer state (two
+copies of the same weights differ by a few percent in speed, by where they lie in memory), and one batch. In a round
+each of them takes one turn (``burst`` steps), in an order that is shuffled anew for every round. A ratio is a variant's
+time over plain training's in the same round, so that what slows the machine for seconds slows both.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ class Case:
         if network.channels_last:
             self.model, self.x = (t.to(memory_format=torch.channels_last) for t in (self.model, self.x))
         self.y = torch.randint(CLASSES, (len(next(leaves(self.x))),), device=device)
+        self.optimizer = network.optimizer(self.model.parameters())
 
     @property
     def compiled(self) -> bool:
@@ -81,11 +83,12 @@ class Case:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mode.endswith("bf16"))
 
     def copy(self) -> nn.Module:
-        return copy.deepcopy(self.model)
+        shared = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
+        return copy.deepcopy(self.model, shared)
 
     def finish(self, variant: Variant) -> None:
         """Give the variant its optimizer and, in compiled modes, the compiled model."""
-        variant.optimizer = self.network.optimizer(variant.model.parameters())
+        variant.optimizer = self.optimizer
         variant.run = torch.compile(variant.model) if self.compiled else variant.model
 
     def step(self, variant: Variant, x: Batch) -> None:

@@ -23,8 +23,8 @@ TITLES = {"step_overhead": "Beside plain training and the naive way", "peers": "
 HEAD = """# What a training step costs
 
 Made by `python docs/results/overhead.py` from the records in `overhead.jsonl`: one line per table, with every single
-time. A step is forward, loss, backward, optimizer and `zero_grad`. The variants take turns step by step, each with a
-model of its own, and a ratio is to plain training of the same round: median [quartiles], and the 95 % interval of the
+time. A step is forward, loss, backward, optimizer and `zero_grad`. The variants take turns step by step, on one
+set of weights, and a ratio is to plain training of the same round: median [quartiles], and the 95 % interval of the
 median. The second copy of plain shows what the measurement itself is off by. Extra memory is that of a step at its
 peak, beyond plain's. "ours" draws from S, "ours, NAME" mixes at that layer alone; "naive" is
 `lam * h + (1 - lam) * h[perm]` in the forward and two cross-entropies. timm, torchvision and kornia mix inputs only.
