@@ -64,7 +64,7 @@ class Pair:
     def attach(self, to: nn.Module | None = None) -> None:
         self.mixup = ManifoldMixup(self.model if to is None else to, **self.arguments)
 
-    def both(self, step: Step, eager: Step, x: Tensor, y: Tensor, tolerance: float) -> None:
+    def check_step(self, step: Step, eager: Step, x: Tensor, y: Tensor, tolerance: float) -> None:
         """One backward by each: the same loss and the same gradients."""
         losses = []
         for model, mixup, act in ((self.model, self.mixup, step), (self.twin, self.reference, eager)):
@@ -75,7 +75,7 @@ class Pair:
         for mine, reference in zip(self.model.parameters(), self.twin.parameters(), strict=True):
             torch.testing.assert_close(mine.grad, reference.grad, rtol=10 * tolerance, atol=10 * tolerance)
 
-    def train(self, step: Step, network: type[nn.Module], tolerance: float, eager: Step | None = None) -> None:
+    def check_training(self, step: Step, network: type[nn.Module], tolerance: float, eager: Step | None = None) -> None:
         """Both train until all of S has been seen, and then 50 steps more in which nothing may be compiled."""
         if self.mixup is None:
             self.attach()
@@ -86,7 +86,7 @@ class Pair:
 
         def one() -> None:
             x, y = network.batch(ROWS).to(dtype), torch.randint(3, (ROWS,))
-            self.both(step, eager or loss_of(self.twin), x, y, tolerance)
+            self.check_step(step, eager or loss_of(self.twin), x, y, tolerance)
             for optimizer in optimizers:
                 optimizer.step()
 
@@ -128,7 +128,7 @@ REST = [(Mlp, way) for way in WAYS if way not in ("batch", "example")] + [
 def test_compiled_equals_eager_in_one_graph_and_recompiles_nothing(network, way):
     pair = Pair(network().double(), **WAYS[way])
     compiled = torch.compile(pair.model, backend="aot_eager", fullgraph=True)
-    pair.train(loss_of(compiled), network, 1e-9)
+    pair.check_training(loss_of(compiled), network, 1e-9)
 
 
 @pytest.mark.slow
@@ -137,7 +137,7 @@ def test_compiled_equals_eager_in_one_graph_and_recompiles_nothing(network, way)
 def test_inductor_equals_eager_in_one_graph_and_recompiles_nothing(network, way):
     pair = Pair(network(), **WAYS[way])
     compiled = torch.compile(pair.model, fullgraph=True)
-    pair.train(loss_of(compiled), network, 1e-5)
+    pair.check_training(loss_of(compiled), network, 1e-5)
 
 
 HOW = ["before", "after", "in place before", "in place after", "without fullgraph"]
@@ -159,14 +159,14 @@ def test_every_way_to_compile_a_model_is_the_same(how, backend):
         run = torch.compile(pair.model, **options)
     if not how.endswith("after"):
         pair.attach(run)
-    pair.train(loss_of(run), Mlp, 1e-5)
+    pair.check_training(loss_of(run), Mlp, 1e-5)
 
 
 @pytest.mark.slow
 def test_reduce_overhead_is_plain_inductor_where_there_are_no_cuda_graphs():
     pair = Pair(Mlp(), ["input", "second"])
     compiled = torch.compile(pair.model, fullgraph=True, mode="reduce-overhead")
-    pair.train(loss_of(compiled), Mlp, 1e-5)
+    pair.check_training(loss_of(compiled), Mlp, 1e-5)
 
 
 @pytest.mark.parametrize("network", [Mlp, lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))])
@@ -191,13 +191,13 @@ def test_a_model_compiled_and_run_before_the_mixer_came_mixes_or_is_an_error(net
 def test_evaluation_between_the_steps_does_not_mix_and_training_goes_on_with_the_same_graphs():
     pair = Pair(Mlp().double(), ["input"])
     compiled = torch.compile(pair.model, backend="aot_eager", fullgraph=True)
-    pair.train(loss_of(compiled), Mlp, 1e-9)
+    pair.check_training(loss_of(compiled), Mlp, 1e-9)
     x, y = Mlp.batch(ROWS).double(), torch.randint(3, (ROWS,))
     pair.model.eval()
     torch.testing.assert_close(compiled(x), copy.deepcopy(pair.twin).eval()(x))
     pair.model.train()
     with torch.compiler.set_stance("fail_on_recompile"):
-        pair.both(loss_of(compiled), loss_of(pair.twin), x, y, 1e-9)
+        pair.check_step(loss_of(compiled), loss_of(pair.twin), x, y, 1e-9)
 
 
 @pytest.mark.slow
@@ -206,7 +206,7 @@ def test_more_layers_than_the_compiler_keeps_graphs_need_a_higher_limit():
     pair = Pair(nn.Sequential(*(nn.Linear(6, 6) for _ in range(11))).double(), [str(i) for i in range(10)])
     compiled = torch.compile(pair.model, backend="aot_eager", fullgraph=True)
     with torch._dynamo.config.patch(recompile_limit=16):
-        pair.train(loss_of(compiled), Mlp, 1e-9)
+        pair.check_training(loss_of(compiled), Mlp, 1e-9)
 
 
 # ------------------------------------------------------------------ the loss inside the compiled function
@@ -223,7 +223,7 @@ LOSSES: dict[str, Callable[[Tensor, Any], Tensor]] = {
 def test_model_and_loss_in_one_graph(loss):
     pair, criterion = Pair(Mlp().double(), ["input", "second"]), LOSSES[loss]
     step = torch.compile(lambda x, y: criterion(pair.model(x), y), backend="aot_eager", fullgraph=True)
-    pair.train(step, Mlp, 1e-9, eager=lambda x, y: criterion(pair.twin(x), y))
+    pair.check_training(step, Mlp, 1e-9, eager=lambda x, y: criterion(pair.twin(x), y))
 
 
 # ------------------------------------------------------------------ together with checkpointing and autocast
@@ -256,7 +256,7 @@ def test_a_checkpointed_network_in_one_graph(reentrant, way):
     """Dynamo's checkpoint takes no side effects, such as counting what was mixed, unless it is told to."""
     pair = checkpointed(reentrant, **WAYS[way])
     with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
-        pair.train(loss_of(torch.compile(pair.model, backend="aot_eager", fullgraph=True)), Mlp, 1e-9)
+        pair.check_training(loss_of(torch.compile(pair.model, backend="aot_eager", fullgraph=True)), Mlp, 1e-9)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -265,7 +265,8 @@ def test_a_checkpointed_network_stays_right_where_dynamo_does_not_compile_it(ree
     pair.attach()
     compiled = torch.compile(pair.model, backend="aot_eager")
     for _ in range(8):
-        pair.both(loss_of(compiled), loss_of(pair.twin), Mlp.batch(ROWS).double(), torch.randint(3, (ROWS,)), 1e-9)
+        x, y = Mlp.batch(ROWS).double(), torch.randint(3, (ROWS,))
+        pair.check_step(loss_of(compiled), loss_of(pair.twin), x, y, 1e-9)
 
 
 @pytest.mark.parametrize(
@@ -284,4 +285,4 @@ def test_compiled_under_autocast(backend, way):
         return step
 
     # bfloat16 has 8 bits, and compiled code rounds less often than eager does.
-    pair.train(cast(compiled), Mlp, 2e-2, eager=cast(pair.twin))
+    pair.check_training(cast(compiled), Mlp, 2e-2, eager=cast(pair.twin))

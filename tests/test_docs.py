@@ -137,7 +137,10 @@ def test_what_a_page_shows_must_be_what_is_printed(tmp_path, shown, same):
 
 
 def test_a_text_block_after_prose_is_nobodys_output(tmp_path):
-    run(page_of(tmp_path, "```python\nprint(1)\n```\n\nwords\n\n```text\n2\n```\n"))
+    code, output = "```python\nprint(1)\n```\n\n", "```text\n2\n```\n"
+    run(page_of(tmp_path, f"{code}words\n\n{output}"))
+    with pytest.raises(AssertionError, match="prints"):
+        run(page_of(tmp_path, code + output))
 
 
 def test_blocks_inside_lists_are_found(tmp_path):

@@ -105,6 +105,18 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Do not wrap ``__torch_dispatch__`` for the compiler: the wrapper imports it, which takes a second."""
         return False
 
+    def source(self, tensor: Tensor, label: str, *, mask: bool) -> None:
+        """Begin at an input with a row per example."""
+        graph = self.graph
+        node = graph.add((), "", "input")
+        graph.sources[node] = label
+        if mask:
+            graph.masks.add(node)
+        elif not tensor.is_floating_point():
+            graph.carried[node] = node
+        self.register(tensor, node)
+        graph.source_leaves.append(Leaf(node, tuple(tensor.shape), tensor.is_floating_point()))
+
     def register(self, tensor: Tensor, node: int) -> None:
         self._nodes[id(tensor)] = node
         self._storage_nodes[_storage(tensor)].append(node)
@@ -236,14 +248,7 @@ def record(
     for label, value in [*((f"input {i}" if i else "input", a) for i, a in enumerate(args)), *kwargs.items()]:
         for tensor in tensors(value):
             if tensor.dim() and tensor.shape[0] == rows:
-                node = graph.add((), "", "input")
-                graph.sources[node] = label
-                if any(tensor is mask for mask in masks):
-                    graph.masks.add(node)
-                elif not tensor.is_floating_point():
-                    graph.carried[node] = node
-                recorder.register(tensor, node)
-                graph.source_leaves.append(Leaf(node, tuple(tensor.shape), tensor.is_floating_point()))
+                recorder.source(tensor, label, mask=any(tensor is mask for mask in masks))
     started: list[Call] = []
     auxiliary = bool(graph.masks or graph.carried)
 

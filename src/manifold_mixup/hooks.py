@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from manifold_mixup.errors import (
     PACKED,
@@ -26,10 +27,10 @@ from manifold_mixup.errors import (
     UnsupportedModel,
 )
 from manifold_mixup.interpolation import Plan, apply_plan, apply_traced
-from manifold_mixup.mask_hooks import Masks
-from manifold_mixup.structure import Path, map_tensors, packed, paths, tensors
+from manifold_mixup.mask_hooks import Masks, refuse_new_masks
+from manifold_mixup.structure import Path, map_tensors, packed, tensors
 
-__all__ = ["EVERY", "INPUT", "AfterForward", "BeforeForward", "Drawn", "EndForward", "Live", "MaskHook", "SiteHook"]
+__all__ = ["EVERY", "INPUT", "Drawn", "Live", "MaskHook", "SiteHook", "attach", "detach"]
 
 INPUT = "input"
 EVERY = "*"
@@ -290,28 +291,10 @@ class BeforeForward(_Hook):
         for mask_site in live.mask_sites:
             mask_site.calls = 0
         if not torch.compiler.is_compiling():
-            self._refuse_new_masks(args, kwargs)
+            refuse_new_masks(live, (args, kwargs))
         mixes = live.active == INPUT or (live.active == EVERY and INPUT in live.lam)
         live.fired = int(mixes)
         return self._inputs(live.drawn, mixes, args, kwargs)
-
-    def _refuse_new_masks(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A mask that was not there when the cut points were found would not be united."""
-        live = self.live
-        if live.given is None:
-            return
-        for path, tensor in paths((args, kwargs)):
-            if path in live.given or tensor.dim() < 2 or tensor.shape[0] != live.drawn.size:
-                continue
-            name = next((step for step in reversed(path) if isinstance(step, str)), "")
-            if "mask" in name.lower() or (not name and not tensor.is_floating_point()):
-                what = repr(name) if name else f"an argument at position {path[1]}"
-                raise NotACutPoint(
-                    live.active,
-                    f"the model is given {what}, which it was not given when the cut points were found, so whether it "
-                    "reaches past this layer is not known. Pass x to mixup(x, y) as the model is called, as a dict of "
-                    "all its inputs; or call mixup.discover(**x).",
-                )
 
     def _inputs(self, drawn: Drawn, mixes: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the model is given: the masks that it has to see, and the mixed input if that is the layer drawn."""
@@ -391,3 +374,20 @@ def _not_reached(live: Live) -> str:
 _COMPILED = (
     "If the model was compiled and run before the mixer was made, it has to be compiled anew: torch._dynamo.reset()."
 )
+
+
+def attach(root: nn.Module, live: Live) -> list[RemovableHandle]:
+    """Put the hooks of a mixer on the model itself."""
+    return [
+        root.register_forward_pre_hook(BeforeForward(live), with_kwargs=True),
+        root.register_forward_hook(AfterForward(live)),
+        root.register_forward_hook(EndForward(live), always_call=True),
+    ]
+
+
+def detach(handles: list[RemovableHandle], live: Live) -> None:
+    """Take all hooks of a mixer off its model."""
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+    live.armed = live.on = False

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from manifold_mixup.errors import BatchMismatch
+from manifold_mixup.errors import BatchMismatch, NotACutPoint
 from manifold_mixup.interpolation import Plan
 from manifold_mixup.masks import MaskPlan, Place, Rule, kept, unite
-from manifold_mixup.structure import Path, at, replace_at
+from manifold_mixup.structure import Path, at, paths, replace_at
 
 if TYPE_CHECKING:
     from manifold_mixup.hooks import Drawn, Live
 
-__all__ = ["Masks"]
+__all__ = ["Masks", "refuse_new_masks"]
 
 
 class Masks:
@@ -155,3 +155,21 @@ def _check_nested(both: Tensor, own: Tensor, other: Tensor) -> None:
         torch._assert_async(one, message)
     elif not bool(one):
         raise BatchMismatch(message)
+
+
+def refuse_new_masks(live: Live, arguments: Any) -> None:
+    """A mask that was not there when the cut points were found would not be united."""
+    if live.given is None:
+        return
+    for path, tensor in paths(arguments):
+        if path in live.given or tensor.dim() < 2 or tensor.shape[0] != live.drawn.size:
+            continue
+        name = next((step for step in reversed(path) if isinstance(step, str)), "")
+        if "mask" in name.lower() or (not name and not tensor.is_floating_point()):
+            what = repr(name) if name else f"an argument at position {path[1]}"
+            raise NotACutPoint(
+                live.active,
+                f"the model is given {what}, which it was not given when the cut points were found, so whether it "
+                "reaches past this layer is not known. Pass x to mixup(x, y) as the model is called, as a dict of "
+                "all its inputs; or call mixup.discover(**x).",
+            )

@@ -10,12 +10,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from manifold_mixup.cutpoints import Discovery, discover
 from manifold_mixup.eligible import canonical, choose_layers, too_few_features
 from manifold_mixup.errors import AlreadyAttached, LayerNotReached, MixerRemoved
-from manifold_mixup.hooks import EVERY, INPUT, AfterForward, BeforeForward, Drawn, EndForward, Live, MaskHook, SiteHook
+from manifold_mixup.hooks import EVERY, INPUT, Drawn, Live, MaskHook, SiteHook, attach, detach
 from manifold_mixup.interpolation import Plan
 from manifold_mixup.mask_hooks import Masks
 from manifold_mixup.pairing import Pairing, Partner, draw_lam, draw_partner
@@ -102,13 +101,9 @@ class ManifoldMixup:
         self._layers: list[str] | None = None
         self._generator: torch.Generator | None = None
         self._live = Live()
-        self._handles = [
-            self._root.register_forward_pre_hook(BeforeForward(self._live), with_kwargs=True),
-            self._root.register_forward_hook(AfterForward(self._live)),
-            self._root.register_forward_hook(EndForward(self._live), always_call=True),
-        ]
+        self._handles = attach(self._root, self._live)
         # Hooks hold the state and not the mixer: one that nobody holds any more takes its hooks along.
-        self._detach = weakref.finalize(self, _remove, self._handles, self._live)
+        self._detach = weakref.finalize(self, detach, self._handles, self._live)
         self._detach.atexit = False
         self._removed = False
         self._warned = False
@@ -204,7 +199,7 @@ class ManifoldMixup:
 
     def remove(self) -> None:
         """Detach from the model and leave no trace on it. Calling it again does nothing."""
-        _remove(self._handles, self._live)
+        detach(self._handles, self._live)
         self._removed = True
         _ATTACHED.discard(self)
 
@@ -378,13 +373,6 @@ class ManifoldMixup:
         for name in self._layers or []:
             if name != INPUT and self._features[name] < classes - 1:
                 warnings.warn(too_few_features(name, self._features[name], classes), stacklevel=3)
-
-
-def _remove(handles: list[RemovableHandle], live: Live) -> None:
-    for handle in handles:
-        handle.remove()
-    handles.clear()
-    live.armed = live.on = False
 
 
 _ROOT_HOOKS = 3  # handles of the hooks on the model itself come first

@@ -21,8 +21,10 @@ from manifold_mixup.losses import LOSSES, log_probabilities, weight_of_l1_loss
 from manifold_mixup.structure import map_tensors, tensors
 from manifold_mixup.target_checks import (
     Lam,
+    check_classes,
     check_pair,
     checked_lam,
+    checked_loss,
     index_of_rows,
     is_index,
     one_row_each,
@@ -145,16 +147,8 @@ class MixedTarget:
             return lam * y.to(dtype) + rest * partner.to(dtype)
         if num_classes is None:
             raise ValueError("Class indices need the number of classes to become one-hot: target.soft(num_classes).")
-        # To look at labels makes an accelerator wait, and cannot be compiled: there the scatter refuses them.
-        looks = y.device.type == "cpu" and not torch.compiler.is_compiling()
-        for labels in (y, partner) if looks else ():
-            outside = labels[(labels < 0) | (labels >= num_classes)]
-            if outside.numel():
-                raise ValueError(
-                    f"Label {int(outside[0])} lies outside [0, {num_classes}) and has no one-hot form. If it is an "
-                    "ignore_index, use the loss form, which honours it: F.cross_entropy(output, target, "
-                    "ignore_index=...) or target.loss(criterion, output)."
-                )
+        for labels in (y, partner):
+            check_classes(labels, num_classes)
         lam, rest = self._weights(y.dim() + 1, dtype, y.device)
         y, partner = y.long().unsqueeze(1), partner.long().unsqueeze(1)
         soft = torch.zeros(len(y), num_classes, *y.shape[2:], dtype=dtype, device=y.device)
@@ -195,9 +189,9 @@ class MixedTarget:
         if not isinstance(lam, Tensor):
             # No 1·ℓ + 0·ℓ': it costs a second loss, may differ from ℓ in the last bit, and 0·∞ is not 0.
             if lam in (0.0, 1.0):
-                return _checked_loss(loss_of("y" if lam else "y_partner"))
-            return lam * _checked_loss(loss_of("y")) + (1 - lam) * _checked_loss(loss_of("y_partner"))
-        one, other = _checked_loss(loss_of("y")), _checked_loss(loss_of("y_partner"))
+                return checked_loss(loss_of("y" if lam else "y_partner"))
+            return lam * checked_loss(loss_of("y")) + (1 - lam) * checked_loss(loss_of("y_partner"))
+        one, other = checked_loss(loss_of("y")), checked_loss(loss_of("y_partner"))
         if not isinstance(one, Tensor) or one.shape[:1] != lam.shape:
             raise MixedTargetMisuse(
                 f"This target has one λ for each of {len(lam)} examples, but the loss has shape "
@@ -374,12 +368,6 @@ def _misuse(y: Any, what: str) -> MixedTargetMisuse:
     return MixedTargetMisuse(f"{what} cannot work on a MixedTarget: every example has two labels. {entry}{_INSTEAD}")
 
 
-def _checked_loss(loss: Any) -> Any:
-    if isinstance(loss, (Tensor, float, int)):
-        return loss
-    raise MixedTargetMisuse(f"The criterion has to return a tensor to be weighted, not a {type(loss).__name__}.")
-
-
 def _mixed_loss(loss: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A loss of ``torch.nn.functional`` with mixed targets among its arguments (CTC: targets and their lengths)."""
     if loss is F.l1_loss and (weight := weight_of_l1_loss()) is not None:
@@ -391,7 +379,6 @@ def _mixed_loss(loss: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
         raise MixedTargetMisuse(f"{loss.__name__}() was given mixed targets of different draws.")
     if loss in (F.cross_entropy, F.nll_loss):
         one_row_each(args[0] if args else kwargs.get("input"), first.y)
-
     mixes = isinstance(first.lam, Tensor) or 0.0 < first.lam < 1.0
     if loss is F.cross_entropy and mixes and is_index(first.y):
         shared = log_probabilities(args, kwargs)

@@ -12,7 +12,18 @@ from torch import Tensor
 from manifold_mixup.errors import BatchMismatch, MixedTargetMisuse
 from manifold_mixup.structure import map_tensors, tensors
 
-__all__ = ["Lam", "check_pair", "checked_lam", "index_of_rows", "is_index", "one_row_each", "rows_of_lam", "summary"]
+__all__ = [
+    "Lam",
+    "check_classes",
+    "check_pair",
+    "checked_lam",
+    "checked_loss",
+    "index_of_rows",
+    "is_index",
+    "one_row_each",
+    "rows_of_lam",
+    "summary",
+]
 
 Lam = float | Tensor
 
@@ -127,3 +138,26 @@ def one_row_each(output: Any, y: Tensor) -> None:
             "together cannot be told. Give the loss one row for every example: slice what the model returns, or, "
             "where it is flattened, flatten the target as well (target.view(-1))."
         )
+
+
+def check_classes(labels: Tensor, num_classes: int) -> None:
+    """Refuse labels that have no one-hot form.
+
+    To look at labels makes an accelerator wait, and cannot be compiled: there the scatter refuses them.
+    """
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    outside = labels[(labels < 0) | (labels >= num_classes)]
+    if outside.numel():
+        raise ValueError(
+            f"Label {int(outside[0])} lies outside [0, {num_classes}) and has no one-hot form. If it is an "
+            "ignore_index, use the loss form, which honours it: F.cross_entropy(output, target, ignore_index=...) or "
+            "target.loss(criterion, output)."
+        )
+
+
+def checked_loss(loss: Any) -> Any:
+    """The loss, if it can be weighted."""
+    if isinstance(loss, (Tensor, float, int)):
+        return loss
+    raise MixedTargetMisuse(f"The criterion has to return a tensor to be weighted, not a {type(loss).__name__}.")

@@ -546,7 +546,10 @@ from manifold_mixup.integrations.lightning import ManifoldMixupCallback
 assert issubclass(ManifoldMixupCallback, pytorch_lightning.Callback)
 assert "lightning" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", PREPARE + code], check=True, timeout=120, env=ENVIRONMENT)
+    done = subprocess.run(
+        [sys.executable, "-c", PREPARE + code], capture_output=True, text=True, timeout=120, env=ENVIRONMENT
+    )
+    assert done.returncode == 0, done.stderr
 
 
 # ---------------------------------------------------------------- resuming, ranks, compilers
