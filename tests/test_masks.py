@@ -252,3 +252,13 @@ def test_what_is_padding_in_both_parts_stays_as_it_is_and_keeps_its_gradient(x, 
     mixup.remove()
     (plain,) = torch.autograd.grad(model(x, KEEP).square().sum() + model(x, KEEP).sum(), [model.embed.weight])
     assert gradient.norm() < 100 * plain.norm() + 100
+
+
+def test_lengths_that_discovery_did_not_see_are_refused(x):
+    model = network(
+        lambda m, x, lengths=None: from_lengths(m, x, torch.full((len(x),), T) if lengths is None else lengths)
+    )
+    mixup = ManifoldMixup(model, layers=["a"])
+    mixup({"x": x}, torch.zeros(N, dtype=torch.long))
+    with pytest.raises(errors.NotACutPoint, match="given 'lengths', which it was not given"):
+        model(x=x, lengths=LENGTHS)

@@ -158,14 +158,15 @@ def _check_nested(both: Tensor, own: Tensor, other: Tensor) -> None:
 
 
 def refuse_new_masks(live: Live, arguments: Any) -> None:
-    """A mask that was not there when the cut points were found would not be united."""
+    """A mask, or lengths, not there when the cut points were found, would not be united."""
     if live.given is None:
         return
     for path, tensor in paths(arguments):
-        if path in live.given or tensor.dim() < 2 or tensor.shape[0] != live.drawn.size:
+        if path in live.given or not tensor.dim() or tensor.shape[0] != live.drawn.size:
             continue
         name = next((step for step in reversed(path) if isinstance(step, str)), "")
-        if "mask" in name.lower() or (not name and not tensor.is_floating_point()):
+        called = "mask" in name.lower() or (tensor.dim() == 1 and "length" in name.lower())
+        if called or (not name and not tensor.is_floating_point()):
             what = repr(name) if name else f"an argument at position {path[1]}"
             raise NotACutPoint(
                 live.active,

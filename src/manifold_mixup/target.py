@@ -29,6 +29,7 @@ from manifold_mixup.target_checks import (
     is_index,
     one_row_each,
     rows_of_lam,
+    same_draw,
     summary,
 )
 
@@ -375,7 +376,7 @@ def _mixed_loss(loss: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     first, *others = (value for value in (*args, *kwargs.values()) if isinstance(value, MixedTarget))
     for target in (first, *others):
         target._tensors(f"{loss.__name__}()")
-    if not all(_same_draw(first, other) for other in others):
+    if not all(same_draw(first, other) for other in others):
         raise MixedTargetMisuse(f"{loss.__name__}() was given mixed targets of different draws.")
     if loss in (F.cross_entropy, F.nll_loss):
         one_row_each(args[0] if args else kwargs.get("input"), first.y)
@@ -393,12 +394,3 @@ def _mixed_loss(loss: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
         return loss(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
 
     return first._weigh(loss_of)
-
-
-def _same_draw(one: MixedTarget, other: MixedTarget) -> bool:
-    a, b = one.lam, other.lam
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        same = a is b or torch.equal(a, b.to(a.device))
-    else:
-        same = not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
-    return same and one.ready == other.ready

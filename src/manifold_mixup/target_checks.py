@@ -22,6 +22,7 @@ __all__ = [
     "is_index",
     "one_row_each",
     "rows_of_lam",
+    "same_draw",
     "summary",
 ]
 
@@ -161,3 +162,13 @@ def checked_loss(loss: Any) -> Any:
     if isinstance(loss, (Tensor, float, int)):
         return loss
     raise MixedTargetMisuse(f"The criterion has to return a tensor to be weighted, not a {type(loss).__name__}.")
+
+
+def same_draw(one: Any, other: Any) -> bool:
+    """Whether two mixed targets come of one draw."""
+    a, b = one.lam, other.lam
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        same = a is b or torch.equal(a, b.to(a.device))
+    else:
+        same = not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
+    return same and one.ready == other.ready
