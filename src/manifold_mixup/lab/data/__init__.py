@@ -6,10 +6,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from manifold_mixup.lab.data import digits, spiral
-from manifold_mixup.lab.data.base import DataInfo, Dataset, DataSplits, Examples
+from manifold_mixup.lab.data.base import DataInfo, Dataset, DataSplits, Examples, Pixels, Places, Report
 from manifold_mixup.lab.errors import UnknownName
 
-__all__ = ["DATASETS", "DataInfo", "DataSplits", "Dataset", "Examples", "get_dataset", "load_data"]
+__all__ = [
+    "DATASETS",
+    "DataInfo",
+    "DataSplits",
+    "Dataset",
+    "Examples",
+    "Pixels",
+    "Places",
+    "describe_data",
+    "get_dataset",
+    "load_data",
+    "load_test",
+    "prepare_data",
+]
 
 DATASETS: dict[str, Dataset] = {entry.info.name: entry for entry in (spiral.DATASET, digits.DATASET)}
 
@@ -25,12 +38,49 @@ def get_dataset(name: str) -> Dataset:
     return DATASETS[name]
 
 
-def load_data(name: str, options: Mapping[str, Any], seed: int) -> DataSplits:
+def load_data(name: str, options: Mapping[str, Any], seed: int, places: Places | None = None) -> DataSplits:
     """The splits of one run; the same name, options and seed give the same splits.
 
     Raises:
         UnknownName: There is no such data set.
+        LabError: A file is missing, damaged or not the published one.
         pydantic.ValidationError: The options are not the data set's.
     """
     dataset = get_dataset(name)
-    return dataset.load(dataset.options.model_validate(dict(options)), seed)
+    return dataset.load(dataset.options.model_validate(dict(options)), seed, places or Places())
+
+
+def load_test(name: str, options: Mapping[str, Any], places: Places | None = None) -> tuple[DataInfo, Examples]:
+    """The examples to measure a finished network on, and their facts.
+
+    Raises:
+        As :func:`load_data`.
+    """
+    dataset = get_dataset(name)
+    if dataset.test is None:
+        splits = load_data(name, options, 0, places)
+        return splits.info, splits.hand_out_test()
+    return dataset.test(dataset.options.model_validate(dict(options)), places or Places())
+
+
+def describe_data(name: str, options: Mapping[str, Any], places: Places | None = None) -> DataInfo:
+    """Shape, classes and the other facts, as these options make them.
+
+    Raises:
+        As :func:`load_data`.
+    """
+    dataset = get_dataset(name)
+    if dataset.describe is None:
+        return dataset.info
+    return dataset.describe(dataset.options.model_validate(dict(options)), places or Places())
+
+
+def prepare_data(name: str, options: Mapping[str, Any], places: Places, report: Report) -> None:
+    """Bring what :func:`load_data` will read: download, check, unpack, decode. What is there already is kept.
+
+    Raises:
+        As :func:`load_data`.
+    """
+    dataset = get_dataset(name)
+    if dataset.prepare is not None:
+        dataset.prepare(dataset.options.model_validate(dict(options)), places, report)

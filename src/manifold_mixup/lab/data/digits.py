@@ -9,7 +9,8 @@ import torch
 from pydantic import Field
 
 from manifold_mixup.lab import streams
-from manifold_mixup.lab.data.base import DataInfo, Dataset, DataSplits, Examples
+from manifold_mixup.lab.data.base import DataInfo, Dataset, DataSplits, Examples, Places
+from manifold_mixup.lab.data.subsets import balanced
 from manifold_mixup.lab.errors import MissingExtra
 from manifold_mixup.lab.options import Options
 
@@ -26,7 +27,7 @@ class DigitsOptions(Options):
     )
 
 
-def load(options: DigitsOptions, seed: int) -> DataSplits:
+def load(options: DigitsOptions, seed: int, places: Places) -> DataSplits:
     """Split the images by the run's seed, stratified by class: 597 to test, 200 to validate, 1,000 to train.
 
     The test and validation images do not depend on ``train_examples``.
@@ -58,15 +59,6 @@ def load(options: DigitsOptions, seed: int) -> DataSplits:
     return DataSplits(DATASET.info, examples(train), examples(validation), examples(test))
 
 
-def balanced(labels: Any, size: int, indices: Any) -> Any:
-    """The first ``size`` of the indices, which are in random order, with class counts that differ by at most one."""
-    rank = np.empty(len(labels), dtype=np.int64)
-    for label in np.unique(labels):
-        of_class = labels == label
-        rank[of_class] = np.arange(of_class.sum())
-    return indices[np.sort(np.argsort(rank, kind="stable")[:size])]
-
-
 DATASET = Dataset(
     info=DataInfo(
         name="digits",
@@ -76,6 +68,7 @@ DATASET = Dataset(
         features=("64 grey values in [0, 1]",),
         source="UCI optical recognition of handwritten digits (test part), as bundled with scikit-learn",
         terms="CC BY 4.0 (Alpaydin and Kaynak 1998)",
+        sizes=(TRAIN + VALIDATION, TEST),
     ),
     options=DigitsOptions,
     load=load,

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 
 from manifold_mixup.lab import streams
-from manifold_mixup.lab.data.base import DataInfo, Dataset, DataSplits, Examples
+from manifold_mixup.lab.data.base import DataInfo, Dataset, DataSplits, Examples, Places
 from manifold_mixup.lab.options import Options
 
 __all__ = ["DATASET", "SpiralOptions", "draw_spiral"]
@@ -47,7 +47,7 @@ def draw_spiral(points_per_class: int, degrees: float, generator: torch.Generato
     return Examples(arms.reshape(-1, 2).float(), labels)
 
 
-def load(options: SpiralOptions, seed: int) -> DataSplits:
+def load(options: SpiralOptions, seed: int, places: Places) -> DataSplits:
     """Draw the three splits, each from its own stream of the run's seed."""
 
     def split(stream: str, per_class: int) -> Examples:

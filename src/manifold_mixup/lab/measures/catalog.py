@@ -2,26 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from manifold_mixup.lab.measures.base import Metric
 
 __all__ = ["MAIN", "OWN", "Metric", "describe"]
-
-
-@dataclass(frozen=True)
-class Metric:
-    """How a measure is shown.
-
-    Attributes:
-        title: Its name in a table.
-        unit: ``"%"``, ``"nats"``, or "" for a plain number.
-        digits: Decimals.
-        meaning: One sentence for people who have not met it.
-    """
-
-    title: str
-    unit: str
-    digits: int
-    meaning: str
 
 
 _CLASSIFICATION = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -27,7 +27,9 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def predicted_logits(model: nn.Module, x: Tensor, batch_size: int = 1000) -> Tensor:
+def predicted_logits(
+    model: nn.Module, x: Tensor, batch_size: int = 1000, prepare: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """The outputs of a classifier, computed on the device of its parameters.
 
     Args:
@@ -35,6 +37,7 @@ def predicted_logits(model: nn.Module, x: Tensor, batch_size: int = 1000) -> Ten
         x: Inputs, one example per row; at least one.
         batch_size: Rows per forward pass, at least 1. The result does not depend on it in evaluation mode, up to
             rounding.
+        prepare: From rows of ``x``, on the network's device, to what the network reads; None if that is ``x`` itself.
 
     Returns:
         Logits of shape ``(len(x), classes)``, float64, on the CPU.
@@ -52,7 +55,8 @@ def predicted_logits(model: nn.Module, x: Tensor, batch_size: int = 1000) -> Ten
     with evaluation_mode(model):
         for start in range(0, len(x), batch_size):
             rows = x[start : start + batch_size]
-            output = model(rows.to(device))
+            inputs = rows.to(device)
+            output = model(inputs if prepare is None else prepare(inputs))
             if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(rows) or output.shape[1] < 2:
                 found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
                 raise ValueError(f"the network has to return logits of shape ({len(rows)}, classes), not {found}")

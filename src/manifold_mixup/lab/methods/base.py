@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from manifold_mixup.lab.errors import nearest
 from manifold_mixup.lab.options import Options
 
-__all__ = ["BatchTransform", "LayerNames", "Method", "unknown_layers"]
+__all__ = ["BatchTransform", "Criterion", "LayerNames", "Method", "unknown_layers"]
+
+Criterion = Callable[[Tensor, Any], Tensor]
+"""From the network's output and a target (class indices or a ``MixedTarget``) to the loss of the recipe, a scalar."""
 
 BatchTransform = Callable[[Tensor, Any], tuple[Tensor, Any]]
 """From a training batch ``(x, y)`` to what the network reads and what the loss is given."""
@@ -68,6 +71,17 @@ class Method(Generic[OptionsT]):
             The transform of training batches.
         """
         return lambda x, y: (x, y)
+
+    def companion(self) -> nn.Module | None:
+        """A module of the method's own that is trained beside the network, asked for once, after ``attach``.
+
+        The loop moves it to the network's device, gives its parameters to the optimiser and keeps it in checkpoints.
+        """
+        return None
+
+    def loss(self, criterion: Criterion, output: Any, target: Any) -> Tensor:
+        """The loss of one batch: what the network returned for the batch that the transform gave, and its target."""
+        return criterion(output, target)
 
     def detach(self) -> None:
         """Leave no trace on the network."""
