@@ -77,6 +77,7 @@ def train(run: PlannedRun, folder: Path, hooks: Hooks | None = None) -> tuple[di
             folder=folder,
             config_hash=config.hash,
             hooks=hooks or Hooks(),
+            pixels=splits.info.pixels,
         )
     return {name: value.clone() for name, value in model.state_dict().items()}, fitted, model
 

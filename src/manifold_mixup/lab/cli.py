@@ -6,6 +6,7 @@ Heavy modules are imported inside the commands, so that ``--help`` answers at on
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import shlex
 import sys
@@ -17,7 +18,7 @@ import typer
 
 if TYPE_CHECKING:
     from manifold_mixup.lab.config import ExperimentConfig
-    from manifold_mixup.lab.experiment import Outcome
+    from manifold_mixup.lab.experiment import Outcome, Settings
 
 __all__ = ["app", "main"]
 
@@ -47,6 +48,30 @@ MethodOption = Annotated[list[str] | None, typer.Option("--method", "-m", help=M
 DataOption = Annotated[str | None, typer.Option("--data", help="A data set as name or name:key=value,...")]
 ModelOption = Annotated[str | None, typer.Option("--model", help="A network as name or name:key=value,...")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Any other key, such as train.lr=0.01. Repeatable.")]
+EpochsOption = Annotated[int | None, typer.Option("--epochs", min=1, help="Passes over the training data.")]
+TrainExamplesOption = Annotated[
+    int | None, typer.Option("--train-examples", min=1, help="Train on so many examples, drawn balanced by class.")
+]
+WidthOption = Annotated[
+    float | None, typer.Option("--width", help="The network's width: a factor, or units for those that count them.")
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--threads", min=0, help="CPU threads of one run; 0 is all cores. Their number changes the last bits."
+    ),
+]
+DataDirOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--data-dir", help="A folder that holds published data files; it is only read. Without it they are downloaded."
+    ),
+]
+DevicesOption = Annotated[
+    int, typer.Option("--devices", min=1, help="Devices that share every batch, one process each, on every machine.")
+]
+NodesOption = Annotated[int, typer.Option("--nodes", min=1, help="Machines; start the command on each with torchrun.")]
+AcceleratorOption = Annotated[str, typer.Option("--accelerator", help="auto, cpu, cuda or mps.")]
 JobsOption = Annotated[int, typer.Option("--jobs", "-j", min=0, help="Processes; 0 takes one for every core.")]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object per line on stdout, and nothing else there.")
@@ -95,41 +120,81 @@ def demo(
 
     keep = ("none", "input_mixup", "manifold_mixup")
     configs = [load_recipe(name, Overrides(seeds=seeds, keep=keep)) for name in ("spiral", "digits")]
-    outcome = _carry_out(configs, runs, jobs, quiet, checkpoint_every)
+    outcome = _carry_out(configs, _settings(runs, jobs, checkpoint_every), quiet)
     _print_comparison(outcome, configs, runs / "demo.html", "Manifold Mixup: the demo", as_json)
 
 
 @app.command()
 def compare(
-    recipe: Annotated[str, typer.Option("--recipe", "-r", help="Name of a recipe, or the path of a TOML file.")],
-    runs: RunsOption = Path("runs"),
-    seeds: SeedsOption = None,
-    steps: StepsOption = None,
-    method: MethodOption = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="Name of a recipe, or the path of a TOML file.")
+    ] = None,
     data: DataOption = None,
+    data_dir: DataDirOption = None,
+    train_examples: TrainExamplesOption = None,
     model: ModelOption = None,
+    width: WidthOption = None,
+    methods: Annotated[
+        str | None, typer.Option("--methods", help="Names of methods, joined by commas; -m takes one with options.")
+    ] = None,
+    method: MethodOption = None,
+    seeds: SeedsOption = None,
+    epochs: EpochsOption = None,
+    steps: StepsOption = None,
     settings: SetOption = None,
+    runs: RunsOption = Path("runs"),
+    name: Annotated[str | None, typer.Option("--name", help="Of the experiment: its folder under --runs.")] = None,
     figure: Annotated[
         Path | None,
         typer.Option("--figure", help="Also write the pictures of the first seed as one SVG, if there are any."),
     ] = None,
     jobs: JobsOption = 0,
+    threads: ThreadsOption = None,
+    accelerator: AcceleratorOption = "auto",
+    devices: DevicesOption = 1,
+    nodes: NodesOption = 1,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     checkpoint_every: CheckpointOption = 15.0,
 ) -> None:
-    """Train every method of a recipe at every seed, and compare them with the first one.
+    """Train several methods at several seeds, and compare them with the first one.
+
+    What to train is a recipe, or what --data, --model and --methods say. A run can be stopped at any moment, killed
+    even; the same command goes on from there and ends with the same numbers.
 
     Example: [bold]manifold-mixup compare --recipe digits --seeds 5[/bold]
 
-    Example: [bold]manifold-mixup compare -r digits --seeds 3,4 --runs elsewhere -m none
-    -m 'manifold_mixup:alpha=2,layers=hidden.1+hidden.2,label=hidden only'[/bold]
-    """
-    from manifold_mixup.lab.recipe import Overrides, load_recipe
+    Example: [bold]manifold-mixup compare --data cifar10 --train-examples 10000 --model preact_resnet18 --width 0.25
+    --methods none,input_mixup,manifold_mixup --seeds 3 --epochs 40[/bold]
 
-    overrides = Overrides(data, model, method or (), seeds, steps, settings or ())
-    config = load_recipe(recipe, overrides)
-    outcome = _carry_out([config], runs, jobs, quiet, checkpoint_every)
+    Example: [bold]manifold-mixup compare --data folder:photos,size=64 --model timm:resnet18 -m none
+    -m 'manifold_mixup:alpha=2,layers=layer1+layer2,label=hidden only'[/bold]
+    """
+    from manifold_mixup.lab.data import Places
+    from manifold_mixup.lab.recipe import Overrides, load_recipe, without_recipe
+
+    listed = [item for item in (methods or "").split(",") if item.strip()]
+    changes = Overrides(
+        data=data,
+        model=model,
+        methods=[*listed, *(method or ())],
+        seeds=seeds,
+        steps=steps,
+        epochs=epochs,
+        train_examples=train_examples,
+        width=width,
+        threads=threads,
+        settings=[*(settings or ()), *([f"name={name}"] if name and recipe else [])],
+    )
+    places = Places(data_dir)
+    if recipe is None:
+        config = without_recipe(changes, name=name, places=places)
+    else:
+        config = load_recipe(recipe, changes, places)
+    how = _settings(runs, jobs, checkpoint_every, data_dir, (accelerator, devices, nodes))
+    outcome = _carry_out([config], how, quiet)
+    if not how.devices.first:
+        return
     if figure is not None:
         from manifold_mixup.lab.report import write_figure
 
@@ -140,35 +205,64 @@ def compare(
 @app.command()
 def train(
     data: DataOption = None,
+    data_dir: DataDirOption = None,
+    train_examples: TrainExamplesOption = None,
     model: ModelOption = None,
+    width: WidthOption = None,
     method: Annotated[str, typer.Option("--method", "-m", help=METHOD_HELP.partition(" Repeat")[0])] = "manifold_mixup",
     seed: Annotated[
         int, typer.Option("--seed", min=0, help="Of the split, the weights, the batches and the method.")
     ] = 0,
     recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="Take everything else from this recipe.")] = None,
-    runs: RunsOption = Path("runs"),
+    epochs: EpochsOption = None,
     steps: StepsOption = None,
     settings: SetOption = None,
+    runs: RunsOption = Path("runs"),
+    threads: ThreadsOption = None,
+    accelerator: AcceleratorOption = "auto",
+    devices: DevicesOption = 1,
+    nodes: NodesOption = 1,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     checkpoint_every: CheckpointOption = 15.0,
 ) -> None:
     """Train one network once, and measure it.
 
-    Without a recipe the network is an MLP and the data are the digits, unless said otherwise.
+    Without a recipe the data are the digits, and the network is a PreActResNet18 for images and an MLP for anything
+    else, unless said otherwise.
 
     Example: [bold]manifold-mixup train --data digits --model mlp:width=128 --method manifold_mixup:alpha=2 --seed
         7[/bold]
+
+    Example: [bold]manifold-mixup train --data cifar10 --model wrn_28_10 --threads 0[/bold]
+
+    Example: [bold]torchrun --nproc-per-node 4 --no-python manifold-mixup train --data cifar100 --devices 4[/bold]
     """
     from manifold_mixup.lab import display
+    from manifold_mixup.lab.data import Places
     from manifold_mixup.lab.recipe import Overrides, load_recipe, without_recipe
 
-    overrides = Overrides(data, model, [method], f"{seed},", steps, settings or ())
+    changes = Overrides(
+        data=data,
+        model=model,
+        methods=[method],
+        seeds=f"{seed},",
+        steps=steps,
+        epochs=epochs,
+        train_examples=train_examples,
+        width=width,
+        threads=threads,
+        settings=settings or (),
+    )
+    places = Places(data_dir)
     if recipe is None:
-        config = without_recipe("train", {"data": {"name": "digits"}, "model": {"name": "mlp"}}, overrides)
+        config = without_recipe(changes, name="train", places=places)
     else:
-        config = load_recipe(recipe, overrides)
-    outcome = _carry_out([config], runs, 1, quiet, checkpoint_every)
+        config = load_recipe(recipe, changes, places)
+    how = _settings(runs, 1, checkpoint_every, data_dir, (accelerator, devices, nodes))
+    outcome = _carry_out([config], how, quiet)
+    if not how.devices.first:
+        return
     for record in outcome.records:
         if as_json:
             _print_json(record.summary())
@@ -176,6 +270,86 @@ def train(
             display.console().print(display.single(record))
             typer.echo(f"run: {record.folder}")
     _raise_failures(outcome)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder of a run, or one that holds several.", show_default=False)
+    ],
+    measures: Annotated[
+        str | None,
+        typer.Option("--measures", help="Names of measures, joined by commas; default: those of every record."),
+    ] = None,
+    measure: Annotated[
+        list[str] | None,
+        typer.Option("--measure", "-m", help="A measure as [bold]name:key=value,...[/bold]. Repeat for several."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", help="Measure on these in place of the run's own test data; classes match by name."),
+    ] = None,
+    data_dir: DataDirOption = None,
+    weights: Annotated[
+        str | None,
+        typer.Option("--weights", help="last, best (on validation) or checkpoint; default: last, if there are any."),
+    ] = None,
+    classes_by_order: Annotated[
+        bool, typer.Option("--classes-by-order", help="The n-th class of --data is the n-th of the run.")
+    ] = False,
+    threads: ThreadsOption = 0,
+    accelerator: AcceleratorOption = "auto",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure trained networks, finished or not, on their own test data or on yours.
+
+    The numbers are added to evaluations.jsonl in the folder of the run. See [bold]manifold-mixup measures[/bold].
+
+    Example: [bold]manifold-mixup evaluate runs/train/manifold_mixup/seed-0 --measures fgsm,deformations[/bold]
+
+    Example: [bold]manifold-mixup evaluate runs/train --data folder:photos --weights best -m knn:layer=features[/bold]
+    """
+    import os
+
+    import torch
+
+    from manifold_mixup.lab import display
+    from manifold_mixup.lab.config import Component
+    from manifold_mixup.lab.data import Places
+    from manifold_mixup.lab.devices import Devices
+    from manifold_mixup.lab.errors import UsageError
+    from manifold_mixup.lab.evaluation import evaluate_run, find_runs, parse_measures
+    from manifold_mixup.lab.recipe import parse_component, parse_data
+
+    if weights not in (None, "last", "best", "checkpoint"):
+        raise UsageError(f"--weights {weights!r} should be last, best or checkpoint")
+    listed = [item for item in (measures or "").split(",") if item.strip()]
+    requests = parse_measures([parse_component(text, "--measure") for text in [*listed, *(measure or ())]])
+    foreign = None if data is None else Component.model_validate(parse_data(data))
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    found = []
+    for folder in find_runs(run):
+        with display.working(f"measuring {folder}", quiet=quiet):
+            found.append(
+                evaluate_run(
+                    folder,
+                    requests,
+                    weights=weights,  # type: ignore[arg-type]
+                    data=foreign,
+                    by_order=classes_by_order,
+                    places=Places(data_dir),
+                    devices=Devices(accelerator),
+                    command=_command(),
+                )
+            )
+    if as_json:
+        for evaluation in found:
+            _print_json(evaluation.summary())
+        return
+    display.console().print(display.measured(found))
+    for note in dict.fromkeys(f"{evaluation.folder}: {note}" for evaluation in found for note in evaluation.notes):
+        typer.echo(note)
 
 
 @app.command()
@@ -198,25 +372,55 @@ def methods(as_json: JsonOption = False) -> None:
 
 
 @app.command()
-def datasets(as_json: JsonOption = False) -> None:
-    """List the data sets, with their options, source and terms.
+def measures(as_json: JsonOption = False) -> None:
+    """List what can be measured on a trained network, with options and sources.
 
-    Example: [bold]manifold-mixup datasets[/bold]
+    Example: [bold]manifold-mixup measures[/bold]
     """
     from manifold_mixup.lab import display
-    from manifold_mixup.lab.data import DATASETS
+    from manifold_mixup.lab.measures.registry import MEASURES
 
     if as_json:
-        for d in DATASETS.values():
-            _print_json({**vars(d.info), "options": d.options.model_json_schema()})
+        for m in MEASURES.values():
+            facts = {"name": m.name, "title": m.title, "source": m.source, "needs": m.needs, "always": m.always}
+            _print_json({**facts, "options": m.options.model_json_schema()})
     else:
         rows = [
-            (d.info.name, d.info.title, display.options_text(d.options), f"{d.info.source}; {d.info.terms}")
-            for d in DATASETS.values()
+            (m.name, f"{m.title}{' (in every record)' * m.always}", display.options_text(m.options), m.source)
+            for m in MEASURES.values()
         ]
-        display.console().print(
-            display.listing("data sets", ("name", "what it is", "options", "source and terms"), rows)
-        )
+        display.console().print(display.listing("measures", ("name", "what it is", "options", "source"), rows))
+
+
+@app.command()
+def datasets(data_dir: DataDirOption = None, as_json: JsonOption = False) -> None:
+    """List the data sets, with their size, options, source and terms, and whether their files are at hand.
+
+    Example: [bold]manifold-mixup datasets --data-dir path/to/files[/bold]
+    """
+    from manifold_mixup.lab import display
+    from manifold_mixup.lab.data import DATASETS, Places
+
+    there = {n: None if d.present is None else d.present(Places(data_dir)) for n, d in DATASETS.items()}
+    if as_json:
+        for name, d in DATASETS.items():
+            facts = {**dataclasses.asdict(d.info), "present": there[name]}
+            _print_json({**facts, "options": d.options.model_json_schema()})
+    else:
+        words = {None: "nothing to bring", True: "at hand", False: "not here"}
+        rows = [
+            (
+                name,
+                d.info.title,
+                display.size_text(d.info),
+                words[there[name]],
+                display.options_text(d.options),
+                f"{d.info.source}; {d.info.terms}",
+            )
+            for name, d in DATASETS.items()
+        ]
+        columns = ("name", "what it is", "size", "files", "options", "source and terms")
+        display.console().print(display.listing("data sets", columns, rows))
 
 
 @app.command()
@@ -282,16 +486,31 @@ def layers(
         typer.echo(note)
 
 
-def _carry_out(
-    configs: Sequence[ExperimentConfig], runs: Path, jobs: int, quiet: bool, checkpoint_every: float
-) -> Outcome:
-    from manifold_mixup.lab import display
-    from manifold_mixup.lab.experiment import Settings, run_experiments
+def _command() -> str:
+    return shlex.join(["manifold-mixup", *sys.argv[1:]])
 
-    command = shlex.join(["manifold-mixup", *sys.argv[1:]])
+
+def _settings(
+    runs: Path,
+    jobs: int,
+    checkpoint_every: float,
+    data_dir: Path | None = None,
+    devices: tuple[str, int, int] = ("auto", 1, 1),
+) -> Settings:
+    from manifold_mixup.lab.data import Places
+    from manifold_mixup.lab.devices import Devices
+    from manifold_mixup.lab.experiment import Settings
+
+    return Settings(runs, jobs, _command(), checkpoint_every, Places(data_dir), Devices(*devices))
+
+
+def _carry_out(configs: Sequence[ExperimentConfig], settings: Settings, quiet: bool) -> Outcome:
+    from manifold_mixup.lab import display
+    from manifold_mixup.lab.experiment import run_experiments
+
     planned = sum(len(config.methods) * len(config.seeds) for config in configs)
-    with display.Bars(planned, quiet=quiet) as bars:
-        return run_experiments(configs, Settings(runs, jobs, command, checkpoint_every), bars)
+    with display.Bars(planned, quiet=quiet or not settings.devices.first) as bars:
+        return run_experiments(configs, dataclasses.replace(settings, report=bars.prepared), bars)
 
 
 def _print_comparison(

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,27 +15,53 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from manifold_mixup.cutpoints import CutPoint
 from manifold_mixup.lab.config import PlannedRun
+from manifold_mixup.lab.data.base import DataInfo
 from manifold_mixup.lab.measures.catalog import MAIN, OWN, describe
 from manifold_mixup.lab.options import Options
 from manifold_mixup.lab.records import Failure, Record
 from manifold_mixup.lab.statistics import format_mean_sd, paired_difference, summary
 
-__all__ = ["Bars", "comparison", "console", "cut_point_table", "listing", "options_text", "single", "working"]
+if TYPE_CHECKING:
+    from manifold_mixup.lab.evaluation import Evaluation
+
+__all__ = [
+    "Bars",
+    "comparison",
+    "console",
+    "cut_point_table",
+    "listing",
+    "measured",
+    "options_text",
+    "single",
+    "size_text",
+    "working",
+]
 
 
 def console(*, stderr: bool = False) -> Console:
     """A console that does not squeeze tables to 80 columns where the output is a file or a pipe."""
     stream = sys.stderr if stderr else sys.stdout
     return Console(stderr=stderr, width=None if stream.isatty() else 120, soft_wrap=False, highlight=False)
+
+
+class _ExamplesPerSecond(ProgressColumn):
+    """Training examples per second of a run, over the last half minute."""
+
+    def render(self, task: Task) -> Text:
+        batch = task.fields.get("batch") or 0
+        return Text(f"{task.speed * batch:,.0f}/s" if batch and task.speed else "", style="progress.data.speed")
 
 
 class Bars:
@@ -53,6 +79,7 @@ class Bars:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
+            _ExamplesPerSecond(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=target,
@@ -61,6 +88,7 @@ class Bars:
         )
         self._all = self._progress.add_task("runs", total=runs)
         self._running: dict[tuple[str, str, int], TaskID] = {}
+        self._preparing: dict[str, TaskID] = {}
 
     def __enter__(self) -> Bars:
         self._progress.start()
@@ -74,12 +102,21 @@ class Bars:
     def started(self, run: PlannedRun) -> None:
         """A bar for a run."""
         text = f"{run.experiment}: {run.label}, seed {run.config.seed}"
-        self._running[_key(run)] = self._progress.add_task(escape(text), total=run.config.train.steps)
+        self._running[_key(run)] = self._progress.add_task(escape(text), total=run.config.train.steps, batch=0)
 
-    def advanced(self, run: PlannedRun, step: int) -> None:
+    def advanced(self, run: PlannedRun, step: int, steps: int, batch: int) -> None:
         """Move its bar."""
         if _key(run) in self._running:
-            self._progress.update(self._running[_key(run)], completed=step)
+            self._progress.update(self._running[_key(run)], completed=step, total=steps or None, batch=batch)
+
+    def prepared(self, what: str, done: int, total: int) -> None:
+        """A bar for a download or for the decoding of images, until it is complete."""
+        task = self._preparing.get(what)
+        if task is None:
+            task = self._preparing[what] = self._progress.add_task(escape(what), total=total or None)
+        self._progress.update(task, completed=done, total=total or None)
+        if total and done >= total:
+            self._progress.remove_task(self._preparing.pop(what))
 
     def ended(self, run: PlannedRun, outcome: Record | Failure) -> None:
         """Remove its bar; of several runs, say at once which one failed (a single one's error ends the command)."""
@@ -176,6 +213,36 @@ def single(record: Record) -> Table:
         best = record.best.get(name)
         table.add_row(name, *("-" if v is None else f"{v:.4f}" for v in (value, best)))
     return table
+
+
+def measured(evaluations: Sequence[Evaluation]) -> Table:
+    """What was measured on one run or on several: numbers in rows, methods in columns, mean ± sd over seeds."""
+    by_label: dict[str, list[Evaluation]] = {}
+    for evaluation in evaluations:
+        by_label.setdefault(evaluation.label, []).append(evaluation)
+    first = evaluations[0]
+    weights = " and ".join(dict.fromkeys(evaluation.weights for evaluation in evaluations))
+    table = Table(title=escape(f"measured on {first.data}"), caption=f"weights: {weights}", caption_justify="left")
+    table.add_column("measure")
+    for label, group in by_label.items():
+        seeds = ", ".join(str(evaluation.seed) for evaluation in group)
+        table.add_column(escape(f"{label}\nseed{'s' * (len(group) > 1)} {seeds}"), justify="right")
+    for name in dict.fromkeys(name for evaluation in evaluations for name in evaluation.metrics):
+        metric = describe(name)
+        cells = []
+        for group in by_label.values():
+            values = [evaluation.metrics[name] for evaluation in group if name in evaluation.metrics]
+            numbers = [math.nan if value is None else value for value in values]
+            cells.append(format_mean_sd(summary(numbers), metric.digits) if numbers else "-")
+        table.add_row(escape(f"{metric.title} ({metric.unit})" if metric.unit else metric.title), *cells)
+    return table
+
+
+def size_text(info: DataInfo) -> str:
+    """How many examples of what shape and how many classes, as far as that is known without the data."""
+    examples = "" if info.sizes is None else f"{info.sizes[0]:,} to train, {info.sizes[1]:,} to test\n"
+    shape = f"{shape_text(info.shape)}\n" if info.shape else ""
+    return f"{examples}{shape}{len(info.classes)} classes" if info.classes else f"{examples}{shape}" or "as it is"
 
 
 def listing(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:

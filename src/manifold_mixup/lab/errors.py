@@ -16,6 +16,7 @@ __all__ = [
     "CorruptedFile",
     "Diverged",
     "ExperimentStopped",
+    "FolderBusy",
     "Interrupted",
     "LabError",
     "MissingExtra",
@@ -80,6 +81,10 @@ class StorageError(LabError):
     def __init__(self, path: Path, cause: OSError, action: str = "write") -> None:
         super().__init__(f"cannot {action} {path}: {cause.strerror or cause}")
         self.path = path
+
+
+class FolderBusy(LabError):
+    """Another process is at work on a run's folder."""
 
 
 class CorruptedFile(LabError):

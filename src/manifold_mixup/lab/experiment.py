@@ -16,14 +16,16 @@ import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from manifold_mixup.errors import ManifoldMixupError
 from manifold_mixup.lab.config import ExperimentConfig, PlannedRun
-from manifold_mixup.lab.errors import ExperimentStopped, Interrupted, StorageError
+from manifold_mixup.lab.data import Places, Report, prepare_data
+from manifold_mixup.lab.devices import Devices
+from manifold_mixup.lab.errors import ExperimentStopped, FolderBusy, Interrupted, StorageError
 from manifold_mixup.lab.records import Failure, Record, RunFolder
 
 __all__ = ["Outcome", "Settings", "Silent", "Watcher", "run_experiments"]
@@ -39,8 +41,8 @@ class Watcher(Protocol):
     def started(self, run: PlannedRun) -> None:
         """A run begins."""
 
-    def advanced(self, run: PlannedRun, step: int) -> None:
-        """A run has finished this many steps."""
+    def advanced(self, run: PlannedRun, step: int, steps: int, batch: int) -> None:
+        """A run has finished so many of its steps, of so many examples each; 0 of 0 until they are known."""
 
     def ended(self, run: PlannedRun, outcome: Record | Failure) -> None:
         """A run is over, or was over already when the experiment began."""
@@ -52,11 +54,15 @@ class Silent:
     def started(self, run: PlannedRun) -> None:
         """Say nothing."""
 
-    def advanced(self, run: PlannedRun, step: int) -> None:
+    def advanced(self, run: PlannedRun, step: int, steps: int, batch: int) -> None:
         """Say nothing."""
 
     def ended(self, run: PlannedRun, outcome: Record | Failure) -> None:
         """Say nothing."""
+
+
+def _unreported(what: str, done: int, total: int) -> None:
+    """Say nothing."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +74,18 @@ class Settings:
         jobs: Processes; 1 runs in this one, 0 takes one for every core.
         command: The command line, for the records.
         checkpoint_seconds: Longest time between two checkpoints of a run.
+        places: Where the data lie.
+        devices: What a run trains on; with several processes there is one job, which all of them share.
+        report: Is told about downloads and the decoding of images.
     """
 
     runs: Path
     jobs: int = 1
     command: str = ""
     checkpoint_seconds: float = 15.0
+    places: Places = field(default_factory=Places)
+    devices: Devices = field(default_factory=Devices)
+    report: Report = _unreported
 
 
 @dataclass(frozen=True)
@@ -95,7 +107,9 @@ def run_experiments(configs: Sequence[ExperimentConfig], settings: Settings, wat
     Raises:
         Interrupted: After Ctrl-C; unfinished runs left a checkpoint.
         ConfigMismatch: A run folder belongs to another configuration; nothing was started.
+        FolderBusy: Another process is at work on one of the runs; nothing was started.
         StorageError: The disk is full or the folder cannot be written.
+        LabError: The data cannot be had.
     """
     watcher = watcher or Silent()
     folders = [RunFolder(settings.runs, run) for config in configs for run in config.runs()]
@@ -106,12 +120,19 @@ def run_experiments(configs: Sequence[ExperimentConfig], settings: Settings, wat
     for folder in folders:
         record = folder.read()
         if record is None:
-            folder.claim()
             waiting.append(folder)
         else:
             results[folder.path] = record
             watcher.ended(folder.run, record)
-    jobs = min(settings.jobs or os.cpu_count() or 1, len(waiting))
+    if settings.devices.first:
+        for folder in waiting:
+            folder.claim()
+            with folder.lock():  # whoever is at work on it is found before anything is started
+                pass
+    if settings.devices.first or int(os.environ.get("LOCAL_RANK", "0")) == 0:  # once on every machine
+        for name, options in _data_sets(waiting):
+            prepare_data(name, options, settings.places, settings.report)
+    jobs = 1 if settings.devices.several else min(settings.jobs or os.cpu_count() or 1, len(waiting))
     carry_out = _in_this_process if jobs <= 1 else _in_processes
     with contextlib.closing(carry_out(waiting, settings, jobs, watcher)) as finished:
         for folder, result in finished:
@@ -123,17 +144,32 @@ def run_experiments(configs: Sequence[ExperimentConfig], settings: Settings, wat
     return Outcome([r for r in ordered if isinstance(r, Record)], [r for r in ordered if isinstance(r, Failure)])
 
 
+def _data_sets(folders: Sequence[RunFolder]) -> list[tuple[str, dict[str, Any]]]:
+    """Every data set of the runs once."""
+    found: list[tuple[str, dict[str, Any]]] = []
+    for folder in folders:
+        data = folder.run.config.data
+        if (data.name, data.options) not in found:
+            found.append((data.name, data.options))
+    return found
+
+
 def _attempt(
-    folder: RunFolder, settings: Settings, stop: Callable[[], bool], progress: Callable[[int], None]
+    folder: RunFolder, settings: Settings, stop: Callable[[], bool], progress: Callable[[int, int, int], None]
 ) -> Record | Failure:
     """Carry out one run; its own errors become a failure, a stop and a full disk end the whole experiment."""
     from manifold_mixup.lab.run import execute
     from manifold_mixup.lab.training import Hooks
 
-    hooks = Hooks(stop=stop, progress=progress, checkpoint_seconds=settings.checkpoint_seconds)
+    length = [0, 0]  # all steps, examples of a step
+
+    def sizes(steps: int, batch: int) -> None:
+        length[:] = steps, batch
+
+    hooks = Hooks(stop, lambda step: progress(step, *length), sizes, settings.checkpoint_seconds)
     try:
-        return execute(folder, hooks, settings.command)
-    except (Interrupted, StorageError):
+        return execute(folder, hooks, settings.command, settings.places, settings.devices)
+    except (Interrupted, StorageError, FolderBusy):
         raise
     except Exception as error:
         text = str(error) if isinstance(error, ManifoldMixupError) else f"{type(error).__name__}: {error}"
@@ -187,22 +223,22 @@ def _stop_on_ctrl_c() -> Iterator[Callable[[], bool]]:
 class _Slot:
     """One worker process, replaced when it dies: with one process per pool it is known which run went down with it."""
 
-    def __init__(self, index: int, context: Any, steps: Any, stop: Any) -> None:
-        self.index, self.steps, self.stop = index, steps, stop
+    def __init__(self, index: int, context: Any, progress: Any, stop: Any) -> None:
+        self.index, self.progress, self.stop = index, progress, stop
         self.folder: RunFolder | None = None
         self._context = context
         self.pool = self._open()
 
     def _open(self) -> ProcessPoolExecutor:
-        initargs = (self.index, self.steps, self.stop)
+        initargs = (self.index, self.progress, self.stop)
         return ProcessPoolExecutor(1, mp_context=self._context, initializer=_start_worker, initargs=initargs)
 
     def submit(self, folder: RunFolder, settings: Settings) -> Future[Record | Failure | str]:
         """Start a run."""
         self.folder = folder
-        self.steps[self.index] = 0
+        self.progress[3 * self.index : 3 * self.index + 3] = [0, 0, 0]
         with _ctrl_c_held_back():
-            return self.pool.submit(_work, folder, settings)
+            return self.pool.submit(_work, folder, replace(settings, report=_unreported))
 
     def reopen(self) -> None:
         """A new process after the old one died."""
@@ -222,8 +258,8 @@ def _in_processes(
 ) -> Generator[tuple[RunFolder, Record | Failure], None, None]:
     context = multiprocessing.get_context("spawn")
     # plain shared memory: a worker that is killed cannot leave a lock behind
-    steps, stop = context.RawArray("q", jobs), context.RawValue("b", 0)
-    slots = [_Slot(i, context, steps, stop) for i in range(jobs)]
+    progress, stop = context.RawArray("q", 3 * jobs), context.RawValue("b", 0)
+    slots = [_Slot(i, context, progress, stop) for i in range(jobs)]
     free, waiting = list(slots), list(folders)
     running: dict[Future[Record | Failure | str], _Slot] = {}
     try:
@@ -241,7 +277,7 @@ def _in_processes(
                     raise Interrupted(STOPPED)
                 for slot in running.values():
                     assert slot.folder is not None
-                    watcher.advanced(slot.folder.run, steps[slot.index])
+                    watcher.advanced(slot.folder.run, *progress[3 * slot.index : 3 * slot.index + 3])
                 for future in done:
                     slot = running.pop(future)
                     free.append(slot)
@@ -285,10 +321,10 @@ def _ctrl_c_held_back() -> Iterator[None]:
 _worker: dict[str, Any] = {}
 
 
-def _start_worker(index: int, steps: Any, stop: Any) -> None:
+def _start_worker(index: int, progress: Any, stop: Any) -> None:
     """In a new process: leave Ctrl-C to the parent, and watch that the parent is there."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _worker.update(index=index, steps=steps, stop=stop)
+    _worker.update(index=index, progress=progress, stop=stop)
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
 
 
@@ -301,11 +337,12 @@ def _end_with_parent(parent: int) -> None:
 
 def _work(folder: RunFolder, settings: Settings) -> Record | Failure | str:
     """In a worker: carry out one run; the text is what ends the whole experiment."""
+    place = 3 * _worker["index"]
 
-    def progress(step: int) -> None:
-        _worker["steps"][_worker["index"]] = step
+    def progress(step: int, steps: int, batch: int) -> None:
+        _worker["progress"][place : place + 3] = [step, steps, batch]
 
     try:
         return _attempt(folder, settings, lambda: bool(_worker["stop"].value), progress)
-    except (Interrupted, StorageError) as error:
+    except (Interrupted, StorageError, FolderBusy) as error:
         return str(error)

@@ -14,8 +14,8 @@ import torch
 from pydantic import BaseModel, ValidationError
 
 from manifold_mixup.lab.config import Component, ExperimentConfig, RunConfig, TrainConfig, slug
-from manifold_mixup.lab.data import get_dataset
-from manifold_mixup.lab.errors import RecipeError, UnknownName, UsageError, nearest
+from manifold_mixup.lab.data import Places, describe_data, get_dataset
+from manifold_mixup.lab.errors import LabError, RecipeError, UnknownName, nearest
 from manifold_mixup.lab.methods import get_method, make_method
 from manifold_mixup.lab.models import build_model, get_model, hidden_layers
 from manifold_mixup.lab.options import Options
@@ -23,12 +23,13 @@ from manifold_mixup.lab.options import Options
 __all__ = ["effective_settings", "explain", "parse_config"]
 
 
-def parse_config(raw: Mapping[str, Any], source: str) -> ExperimentConfig:
+def parse_config(raw: Mapping[str, Any], source: str, places: Places | None = None) -> ExperimentConfig:
     """Validate an experiment and fill in every default.
 
     Args:
         raw: The experiment as plain values; it is left as it is.
         source: What to call it in an error.
+        places: Where the data lie, for those whose shape and classes only they themselves can say.
 
     Raises:
         RecipeError: With all mistakes at once.
@@ -42,7 +43,7 @@ def parse_config(raw: Mapping[str, Any], source: str) -> ExperimentConfig:
     except ValidationError as error:
         problems = explain(error, ExperimentConfig) + problems
     problems += _check_repetitions(tree)
-    problems += _check_fit(tree, known)
+    problems += _check_fit(tree, known, places)
     if problems or config is None:
         raise RecipeError(source, problems)
     return config
@@ -171,11 +172,14 @@ def _check_repetitions(tree: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _check_fit(tree: Mapping[str, Any], known: set[str]) -> list[str]:
+def _check_fit(tree: Mapping[str, Any], known: set[str], places: Places | None) -> list[str]:
     """Whether network, data and methods fit; asked of the network itself, built without memory or random numbers."""
     if not {"data", "model"} <= known:
         return []
-    info = get_dataset(tree["data"]["name"]).info
+    try:
+        info = describe_data(tree["data"]["name"], tree["data"]["options"], places)
+    except LabError as error:
+        return [f"data: {error}"]
     model = Component(name=tree["model"]["name"], options=tree["model"]["options"])
     settable = get_model(model.name).options.model_fields
     try:
@@ -183,10 +187,10 @@ def _check_fit(tree: Mapping[str, Any], known: set[str]) -> list[str]:
             modules = [
                 n for n, _ in build_model(model.name, model.options, info.shape, len(info.classes)).named_modules()
             ]
-    except UsageError as error:
+    except LabError as error:
         return [f"model: {error}"]
     hidden = hidden_layers(model.name, model.options)
-    problems = []
+    problems: list[str] = []
     for path, part in _methods(tree).items():
         if path in known:
             method = make_method(part["name"], part["options"])

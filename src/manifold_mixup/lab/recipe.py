@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import shlex
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from manifold_mixup.lab.config import ExperimentConfig
+from manifold_mixup.lab.data import DATASETS, Places
 from manifold_mixup.lab.errors import RecipeError, StorageError, UnknownName, UsageError
+from manifold_mixup.lab.models import MODELS
 from manifold_mixup.lab.parsing import parse_config
 
-__all__ = ["RECIPES", "Overrides", "load_recipe", "parse_component", "parse_seeds", "read_recipe", "recipe_files"]
+__all__ = [
+    "RECIPES",
+    "Overrides",
+    "load_recipe",
+    "parse_component",
+    "parse_data",
+    "parse_seeds",
+    "read_recipe",
+    "recipe_files",
+    "without_recipe",
+]
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -24,11 +37,16 @@ class Overrides:
     """What the command line changes in a recipe; None and empty leave it as it is.
 
     Attributes:
-        data: ``name`` or ``name:key=value,...``; with the recipe's own name, the options are changed one by one.
-        model: Likewise.
+        data: ``name`` or ``name:key=value,...`` (``folder:PATH``, ``hf:NAME``); with the recipe's own name, the options
+            are changed one by one.
+        model: Likewise (``timm:NAME``).
         methods: ``name`` or ``name:key=value,...,label=text`` each; they replace the recipe's.
         seeds: ``5`` is 0 to 4, ``3,4`` and ``100-102`` are these.
         steps: Optimiser updates.
+        epochs: Passes over the training data, in place of steps.
+        train_examples: Size of the training split.
+        width: The network's ``width``.
+        threads: CPU threads of a run.
         settings: ``key.path=value`` each, for every other key.
         keep: Keep only the recipe's methods with these labels or names.
     """
@@ -38,6 +56,10 @@ class Overrides:
     methods: Sequence[str] = ()
     seeds: str | None = None
     steps: int | None = None
+    epochs: int | None = None
+    train_examples: int | None = None
+    width: float | None = None
+    threads: int | None = None
     settings: Sequence[str] = ()
     keep: Sequence[str] = ()
 
@@ -73,7 +95,9 @@ def read_recipe(name_or_path: str) -> tuple[dict[str, Any], str]:
         raise RecipeError(f"recipe {name_or_path}", [f"it is no TOML: {error}"]) from error
 
 
-def load_recipe(name_or_path: str, overrides: Overrides | None = None) -> ExperimentConfig:
+def load_recipe(
+    name_or_path: str, overrides: Overrides | None = None, places: Places | None = None
+) -> ExperimentConfig:
     """Read a recipe, apply what the command line changes, and validate the result.
 
     Raises:
@@ -82,7 +106,7 @@ def load_recipe(name_or_path: str, overrides: Overrides | None = None) -> Experi
     tree, source = read_recipe(name_or_path)
     if overrides is not None:
         apply_overrides(tree, overrides)
-    return parse_config(tree, source)
+    return parse_config(tree, source, places)
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Overrides) -> None:
@@ -95,7 +119,8 @@ def apply_overrides(tree: dict[str, Any], overrides: Overrides) -> None:
         tree["methods"] = [m for m in tree["methods"] if {m.get("label"), m.get("name")} & set(overrides.keep)]
     for kind, text in (("data", overrides.data), ("model", overrides.model)):
         if text is not None:
-            part, old = parse_component(text, f"--{kind}"), tree.get(kind)
+            lookup = _data_value if kind == "data" else _model_value
+            part, old = parse_component(text, f"--{kind}", lookup), tree.get(kind)
             if isinstance(old, dict) and old.get("name") == part["name"]:
                 part["options"] = {**old.get("options", {}), **part["options"]}
             tree[kind] = part
@@ -103,8 +128,23 @@ def apply_overrides(tree: dict[str, Any], overrides: Overrides) -> None:
         tree["methods"] = [parse_component(text, "--method") for text in overrides.methods]
     if overrides.seeds is not None:
         tree["seeds"] = parse_seeds(overrides.seeds)
-    if overrides.steps is not None:
-        tree["train"] = {**tree.get("train", {}), "steps": overrides.steps}
+    train = dict(tree.get("train", {}))
+    for length, other in (("steps", "epochs"), ("epochs", "steps")):
+        if (value := getattr(overrides, length)) is not None:
+            train[length] = value
+            if getattr(overrides, other) is None:
+                train.pop(other, None)
+    if overrides.threads is not None:
+        train["threads"] = overrides.threads
+    if train:
+        tree["train"] = train
+    for kind, key, option in (
+        ("data", "train_examples", overrides.train_examples),
+        ("model", "width", overrides.width),
+    ):
+        if option is not None:
+            part = tree.setdefault(kind, {})
+            part["options"] = {**part.get("options", {}), key: option}
     for setting in overrides.settings:
         _set(tree, setting)
 
@@ -139,11 +179,26 @@ def parse_value(text: str) -> Any:
         return text
 
 
-def parse_component(text: str, flag: str) -> dict[str, Any]:
-    """Read ``name`` or ``name:key=value,key=value``.
+def _data_value(name: str) -> str | None:
+    return DATASETS[name].positional if name in DATASETS else None
+
+
+def _model_value(name: str) -> str | None:
+    return MODELS[name].positional if name in MODELS else None
+
+
+def parse_component(
+    text: str, flag: str, positional: Callable[[str], str | None] = lambda name: None
+) -> dict[str, Any]:
+    """Read ``name`` or ``name:key=value,key=value``, or ``name:VALUE,key=value`` where a name takes a value.
 
     Values are numbers, true, false or text; layer names are joined by ``+``; a text with a comma needs quotes.
     ``label`` is not an option but the label.
+
+    Args:
+        text: What is read.
+        flag: What to call it in errors.
+        positional: From a name to the option that VALUE sets, or None.
 
     Raises:
         UsageError: It does not read like that.
@@ -158,6 +213,9 @@ def parse_component(text: str, flag: str) -> dict[str, Any]:
         raise UsageError(f"{flag} {text!r}: {str(error).lower()}") from error
     if not name.strip() or (colon and not items):
         raise UsageError(f"{flag} {text!r} should read name or name:key=value,key=value")
+    option = positional(part["name"])
+    if option is not None and items and not re.match(r"\s*\w+\s*=", items[0]):
+        part["options"][option] = _absolute(items.pop(0))
     for item in items:
         key, equals, value = item.partition("=")
         key = key.strip()
@@ -170,6 +228,21 @@ def parse_component(text: str, flag: str) -> dict[str, Any]:
         else:
             part["options"][key] = parse_value(value)
     return part
+
+
+def parse_data(text: str) -> dict[str, Any]:
+    """Read ``--data`` of a command that takes no recipe.
+
+    Raises:
+        UsageError: It does not read like a data set with options.
+    """
+    return parse_component(text, "--data", _data_value)
+
+
+def _absolute(value: str) -> str:
+    """A path that exists in full, since a run is looked at from other folders too; anything else as it is."""
+    path = Path(value).expanduser()
+    return str(path.absolute()) if path.exists() else value
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -191,12 +264,53 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def without_recipe(name: str, values: Mapping[str, Any], overrides: Overrides) -> ExperimentConfig:
-    """An experiment from the command line alone.
+IMAGES: dict[str, Any] = {
+    "model": {"name": "preact_resnet18"},
+    "train": {
+        "epochs": 40,
+        "batch_size": 100,
+        "optimizer": "sgd",
+        "lr": 0.1,
+        "momentum": 0.9,
+        "nesterov": True,
+        "weight_decay": 5e-4,
+        "schedule": "one-cycle",
+        "precision": "bf16-mixed",
+    },
+}
+OTHER: dict[str, Any] = {"model": {"name": "mlp"}}
+METHODS = ("none", "input_mixup", "manifold_mixup")
+
+
+def without_recipe(overrides: Overrides, *, name: str | None = None, places: Places | None = None) -> ExperimentConfig:
+    """An experiment from the command line alone: digits, three methods and three seeds unless told otherwise.
+
+    Images are trained with SGD and one cycle of the learning rate in bfloat16, on a PreActResNet18; anything else with
+    the defaults of :class:`~manifold_mixup.lab.config.TrainConfig`, on an MLP.
+
+    Args:
+        overrides: What the command line says.
+        name: What the experiment is called; None makes a name of data and network.
+        places: Where the data lie.
 
     Raises:
         RecipeError: With all mistakes at once.
     """
-    tree = {"name": name, **values}
+    data = parse_data(overrides.data or "digits")
+    known = DATASETS.get(data["name"])
+    images = known is not None and (known.info.pixels is not None or not known.info.shape)
+    tree = copy.deepcopy({"data": {"name": "digits"}, "seeds": [0, 1, 2], **(IMAGES if images else OTHER)})
+    tree["methods"] = [{"name": method} for method in METHODS]
     apply_overrides(tree, overrides)
-    return parse_config(tree, "command line")
+    if name is None:
+        parts = [*(Path(str(v)).stem for v in _values(tree["data"])), *map(str, _values(tree["model"]))]
+        name = "-".join([tree["data"]["name"], tree["model"]["name"], *parts])
+    tree["name"] = re.sub(r"[^\w.-]+", "-", name)
+    return parse_config(tree, "command line", places)
+
+
+def _values(part: Mapping[str, Any]) -> list[Any]:
+    """What a name takes as its value, such as the path of a folder."""
+    option = _data_value(part["name"]) or _model_value(part["name"])
+    value = part.get("options", {}).get(option)
+    return [] if value is None else [value]

@@ -5,7 +5,10 @@
 * ``config.json``: the settings and their hash; written first, so that a folder belongs to one configuration for good;
 * ``log.jsonl``: one line per look at the validation split;
 * ``checkpoint/``: from which an interrupted run goes on;
-* ``model.safetensors``: the final weights;
+* ``model.safetensors``, ``best.safetensors``: the last weights, and those with the lowest validation NLL;
+* ``data.json``: what the network reads: shape, classes, normalisation;
+* ``evaluations.jsonl``: what ``manifold-mixup evaluate`` has measured, one line each time;
+* ``.lock``: held by the process that is at work on the run;
 * ``pictures.safetensors``: the arrays that the report draws;
 * ``record.json``: the results; written last and atomically, so its presence means that the run is finished;
 * ``failure.json`` instead, if the run failed.
@@ -14,17 +17,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import json
+import os
+import socket
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from manifold_mixup.lab import storage
 from manifold_mixup.lab.config import PlannedRun, slug
-from manifold_mixup.lab.errors import ConfigMismatch, CorruptedFile, StorageError
+from manifold_mixup.lab.data.base import DataInfo
+from manifold_mixup.lab.errors import ConfigMismatch, CorruptedFile, FolderBusy, StorageError
 
 __all__ = ["Failure", "Record", "RunFolder", "find_records"]
 
@@ -35,7 +43,8 @@ class Record(BaseModel):
     """One finished run.
 
     ``metrics`` are those of the last weights, ``best`` those of the weights with the lowest validation NLL, under the
-    same names. Errors, accuracies and calibration errors are percentages, likelihoods are nats.
+    same names; without a validation split ``best`` is empty. Errors, accuracies and calibration errors are percentages,
+    likelihoods are nats.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=())
@@ -156,6 +165,51 @@ class RunFolder:
             config = self.run.config
             storage.write_json(path, {"hash": config.hash, "config": config.model_dump(mode="json")})
 
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes off this folder; the system lets go of the lock however the process ends.
+
+        Raises:
+            FolderBusy: Another process holds it.
+            StorageError: The folder cannot be written.
+        """
+        path, owner = self.path / ".lock", self.path / ".lock-owner"
+        lock = FileLock(path, timeout=0, thread_local=False)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            with contextlib.suppress(OSError):
+                raise FolderBusy(f"{self.path} is in use by another process ({owner.read_text().strip()})") from error
+            raise FolderBusy(f"{self.path} is in use by another process") from error
+        except OSError as error:
+            raise StorageError(path, error) from error
+        try:
+            with contextlib.suppress(OSError):
+                owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                owner.unlink(missing_ok=True)
+            lock.release()
+
+    def note_data(self, info: DataInfo) -> None:
+        """Write down what the network reads, or find that it is what it read before.
+
+        Raises:
+            ConfigMismatch: The data under this name have changed since the run began.
+        """
+        path = self.path / "data.json"
+        found = json.loads(json.dumps(asdict(info)))
+        if not path.exists():
+            storage.write_json(path, found)
+            return
+        saved = storage.read_json(path)
+        if saved.get("fingerprint") != info.fingerprint:
+            raise ConfigMismatch(
+                f"the data {info.name!r} have changed since the run in {self.path} began; choose another folder with "
+                "--runs or delete this one"
+            )
+
     def read(self) -> Record | None:
         """The record if the run is finished, else None.
 
@@ -169,9 +223,11 @@ class RunFolder:
         if pictures:
             storage.write_tensors(self.path / "pictures.safetensors", pictures)
 
-    def write_model(self, weights: Mapping[str, Tensor]) -> None:
-        """Keep the final weights."""
-        storage.write_tensors(self.path / "model.safetensors", weights)
+    def write_model(self, last: Mapping[str, Tensor], best: Mapping[str, Tensor] | None) -> None:
+        """Keep the last weights and those with the lowest validation NLL."""
+        storage.write_tensors(self.path / "model.safetensors", last)
+        if best is not None:
+            storage.write_tensors(self.path / "best.safetensors", best)
 
     def finish(self, record: Record) -> None:
         """Write the record, which marks the run as finished."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import platform
 import time
@@ -17,60 +16,86 @@ import torch
 from torch import Tensor, nn
 
 from manifold_mixup.lab import streams
-from manifold_mixup.lab.data import Examples, get_dataset, load_data
-from manifold_mixup.lab.measures import evaluate
+from manifold_mixup.lab.config import RunConfig, TrainConfig
+from manifold_mixup.lab.data import DataInfo, Places, get_dataset, load_data
+from manifold_mixup.lab.devices import Devices, make_fabric
+from manifold_mixup.lab.measures.base import Subject
+from manifold_mixup.lab.measures.registry import always, finite, measure
 from manifold_mixup.lab.methods import make_method
 from manifold_mixup.lab.models import build_model, hidden_layers
 from manifold_mixup.lab.parsing import effective_settings
 from manifold_mixup.lab.records import Record, RunFolder
 from manifold_mixup.lab.training import Hooks, fit
 
-__all__ = ["execute"]
+__all__ = ["execute", "fresh_model"]
 
 
-def execute(folder: RunFolder, hooks: Hooks | None = None, command: str = "") -> Record:
+def execute(
+    folder: RunFolder,
+    hooks: Hooks | None = None,
+    command: str = "",
+    places: Places | None = None,
+    devices: Devices | None = None,
+) -> Record:
     """Carry out one run, or go on with it, and write its record; a finished run is only read.
 
-    Torch's global random state and number of threads are put back afterwards.
+    Torch's global random state and number of threads are put back afterwards. With several processes every one of them
+    calls this; the first one writes.
 
     Args:
         folder: The folder of the run, which says what to run.
         hooks: Stopping, progress and the pace of checkpoints.
         command: The command line, for the record.
+        places: Where the data lie.
+        devices: What to train on; one device if None.
 
     Raises:
         Interrupted: ``hooks.stop`` said so; a checkpoint was written.
+        FolderBusy: Another process is at work on the folder.
         LabError: The folder belongs to another configuration or cannot be written, the checkpoint is damaged, ...
         ManifoldMixupError: The mixer refuses the network or the layers.
     """
-    folder.claim()
+    devices = devices or Devices()
+    if devices.first:
+        folder.claim()
     record = folder.read()
     if record is not None:
         return record
-    with _isolated():
-        return _execute(folder, hooks or Hooks(), command)
+    with _isolated(folder.run.config.train), folder.lock() if devices.first else contextlib.nullcontext():
+        record = folder.read()  # whoever held the lock before may have finished it
+        return record or _execute(folder, hooks or Hooks(), command, places or Places(), devices)
 
 
 @contextlib.contextmanager
-def _isolated() -> Iterator[None]:
+def _isolated(settings: TrainConfig) -> Iterator[None]:
     """Keep torch's random state and threads; with one thread a run has the same bits however many run beside it."""
     threads = torch.get_num_threads()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
-        torch.set_num_threads(1)
+        torch.set_num_threads(settings.threads or os.cpu_count() or 1)
         try:
             yield
         finally:
             torch.set_num_threads(threads)
 
 
-def _execute(folder: RunFolder, hooks: Hooks, command: str) -> Record:
-    run = folder.run.config
-    splits = load_data(run.data.name, run.data.options, run.seed)
-    model_options, settings = effective_settings(run)
-    method = make_method(run.method.name, run.method.options)
+def fresh_model(run: RunConfig, info: DataInfo) -> tuple[nn.Module, list[str]]:
+    """The network of a run with its first weights, and the names of its hidden layers; sets torch's global seed."""
+    options, _ = effective_settings(run)
     torch.manual_seed(streams.stream_seed(run.seed, "weights"))
-    model = build_model(run.model.name, model_options, splits.info.shape, len(splits.info.classes))
+    model = build_model(run.model.name, options, info.shape, len(info.classes))
+    return model, hidden_layers(run.model.name, options)
+
+
+def _execute(folder: RunFolder, hooks: Hooks, command: str, places: Places, devices: Devices) -> Record:
+    run = folder.run.config
+    splits = load_data(run.data.name, run.data.options, run.seed, places)
+    model_options, settings = effective_settings(run)
+    fabric = make_fabric(devices, settings.precision)
+    if fabric.is_global_zero:
+        folder.note_data(splits.info)
+    method = make_method(run.method.name, run.method.options)
+    model, hidden = fresh_model(run, splits.info)
     torch.manual_seed(streams.stream_seed(run.seed, "torch"))  # dropout's masks
     fitted = fit(
         model,
@@ -78,21 +103,25 @@ def _execute(folder: RunFolder, hooks: Hooks, command: str) -> Record:
         splits.train,
         splits.validation,
         settings,
-        hidden=hidden_layers(run.model.name, model_options),
+        hidden=hidden,
         seed=run.seed,
         folder=folder.path,
         config_hash=run.hash,
         hooks=hooks,
+        pixels=splits.info.pixels,
+        fabric=fabric,
     )
+    if not fabric.is_global_zero:
+        fabric.barrier("measured")
+        record = folder.read()
+        assert record is not None
+        return record
     trained = time.monotonic()
-    model.cpu()
     parts = {"train": splits.train, "validation": splits.validation, "test": splits.hand_out_test()}
-    last = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    model.load_state_dict(fitted.best)
-    best, _ = _measure(model, parts, run.data.name, run.seed)
-    model.load_state_dict(last)
-    metrics, pictures = _measure(model, parts, run.data.name, run.seed)
-    folder.write_model(last)
+    subject = Subject(model, splits.info, parts, hidden, run.seed)
+    best, _ = _measure(subject, fitted.best, run.data.name) if fitted.best is not None else ({}, {})
+    metrics, pictures = _measure(subject, fitted.last, run.data.name)
+    folder.write_model(fitted.last, fitted.best)
     folder.write_pictures(pictures)
     record = Record(
         experiment=folder.run.experiment,
@@ -107,37 +136,45 @@ def _execute(folder: RunFolder, hooks: Hooks, command: str) -> Record:
         train={**fitted.facts, "settings": settings.model_dump(mode="json"), "model_options": model_options},
         config_hash=run.hash,
         versions=_versions(),
-        hardware=_hardware(),
+        hardware=_hardware(str(fabric.device), fabric.world_size),
         seconds=round(fitted.facts["seconds"] + time.monotonic() - trained, 3),
         command=command,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         folder=folder.path,
     )
     folder.finish(record)
+    fabric.barrier("measured")
     return record
 
 
 def _measure(
-    model: nn.Module, parts: Mapping[str, Examples], data: str, seed: int
+    subject: Subject, weights: Mapping[str, Tensor], data: str
 ) -> tuple[dict[str, float | None], dict[str, Tensor]]:
-    """Every metric of one set of weights, and the arrays to draw; a value that is no finite number becomes None."""
-    model.eval()
-    metrics: dict[str, float] = {}
-    for name, part in parts.items():
-        metrics |= evaluate(model, part.x, part.y, prefix=name)
-    pictures: dict[str, Tensor] = {}
+    """Every metric of one set of weights, and the arrays to draw."""
+    subject.model.load_state_dict(weights)
+    subject.model.eval()
+    subject = subject.on(subject.parts)
+    metrics = measure(subject, always(subject))
     own = get_dataset(data).measures
-    if own is not None:
-        measure = getattr(import_module(f"manifold_mixup.lab.measures.{own}"), f"{own}_measures")
-        train, test = parts["train"], parts["test"]
-        more, arrays = measure(model, train.x, train.y, test.x, test.y, seed)
-        metrics |= more
-        pictures = {name: torch.as_tensor(array) for name, array in arrays.items()}
-    return {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}, pictures
+    if own is None:
+        return metrics, {}
+    compute = getattr(import_module(f"manifold_mixup.lab.measures.{own}"), f"{own}_measures")
+    train, test = subject.parts["train"], subject.parts["test"]
+    more, arrays = compute(subject.model, train.x, train.y, test.x, test.y, subject.seed)
+    return metrics | finite(more), {name: torch.as_tensor(array) for name, array in arrays.items()}
 
 
 def _versions() -> dict[str, str]:
-    names = ("manifold-mixup", "torch", "lightning-fabric", "numpy", "scikit-learn", "torchmetrics")
+    names = (
+        "manifold-mixup",
+        "torch",
+        "lightning-fabric",
+        "numpy",
+        "scikit-learn",
+        "torchmetrics",
+        "timm",
+        "torchvision",
+    )
     versions = {"python": platform.python_version()}
     for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -154,13 +191,15 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
-def _hardware() -> dict[str, Any]:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+def _hardware(device: str, processes: int) -> dict[str, Any]:
+    if device.startswith("cuda"):
+        device = torch.cuda.get_device_name(device)
     return {
         "machine": platform.machine(),
         "system": platform.system(),
         "cpu": _cpu(),
         "cpus": os.cpu_count(),
         "device": device,
-        "threads": 1,
+        "threads": torch.get_num_threads(),
+        "processes": processes,
     }

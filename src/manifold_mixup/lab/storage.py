@@ -28,6 +28,7 @@ __all__ = [
     "read_json",
     "read_tensors",
     "save_state",
+    "saved_step",
     "unpack",
     "write_atomically",
     "write_json",
@@ -204,6 +205,15 @@ def load_state(folder: Path) -> dict[str, Any] | None:
             raise CorruptedFile(f"the checkpoint {path} is incomplete; {hint}") from error
         raise
     return state
+
+
+def saved_step(folder: Path) -> int | None:
+    """The step of the state that :func:`save_state` left, or None if there is none that can be read."""
+    try:
+        step = read_json(folder / "state.json")["step"]
+    except (CorruptedFile, StorageError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 def torch_rng_state() -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """The loop: shuffled batches, one method's transform, validation, checkpoints, and resumption to the same bits.
 
 It is given the training and the validation split and nothing else, so no choice made here can depend on test data.
+Sets of images stay on the device as uint8; a batch is cropped, flipped and normalised there.
 """
 
 from __future__ import annotations
@@ -19,12 +20,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manifold_mixup.lab import storage, streams
+from manifold_mixup.lab.augmentation import Augmentation
 from manifold_mixup.lab.config import TrainConfig
-from manifold_mixup.lab.data import Examples
+from manifold_mixup.lab.criterion import make_criterion
+from manifold_mixup.lab.data import Examples, Pixels
+from manifold_mixup.lab.devices import Devices, gather, make_fabric
 from manifold_mixup.lab.errors import ConfigMismatch, CorruptedFile, Diverged, Interrupted, StorageError, UsageError
+from manifold_mixup.lab.measures.inference import predicted_logits
 from manifold_mixup.lab.methods import Method
+from manifold_mixup.lab.optim import make_average, make_optimizer, make_schedule
 
 __all__ = ["Batches", "Fitted", "Hooks", "fit"]
+
+LONGEST = 60.0  # seconds of work that a power cut may cost
+COST = 20.0  # between two checkpoints lie at least so many times the seconds that writing one takes, up to LONGEST
+LOOK = 50  # steps on a device other than the CPU between two looks at the losses, each of which waits for the device
+AGREE = 10  # steps between two agreements of several processes on whether to stop or to write a checkpoint
 
 
 @dataclass(frozen=True)
@@ -34,26 +45,30 @@ class Hooks:
     Attributes:
         stop: Asked before every step; True makes the run leave a checkpoint and end with ``Interrupted``.
         progress: Told the number of finished steps.
-        checkpoint_seconds: Longest time between two checkpoints.
+        sizes: Told the number of all steps and the examples of a step, once they are known.
+        checkpoint_seconds: Longest time between two checkpoints; where writing one takes long it may become a minute.
         checkpoint_steps: Steps between two checkpoints, in addition, or None.
     """
 
     stop: Callable[[], bool] = lambda: False
     progress: Callable[[int], None] = lambda step: None
+    sizes: Callable[[int, int], None] = lambda steps, batch: None
     checkpoint_seconds: float = 15.0
     checkpoint_steps: int | None = None
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What the loop hands on; the network itself holds the last weights.
+    """What the loop hands on.
 
     Attributes:
-        best: The weights with the lowest validation NLL.
+        last: The last weights; with ``train.ema`` their average.
+        best: The weights with the lowest validation NLL, or None without a validation split.
         facts: What the record says about the training.
     """
 
-    best: dict[str, Tensor]
+    last: dict[str, Tensor]
+    best: dict[str, Tensor] | None
     facts: dict[str, Any]
 
 
@@ -107,6 +122,8 @@ def fit(
     folder: Path,
     config_hash: str,
     hooks: Hooks,
+    pixels: Pixels | None = None,
+    fabric: Fabric | None = None,
 ) -> Fitted:
     """Train a network in place, from its checkpoint if there is one.
 
@@ -114,28 +131,32 @@ def fit(
         model: The network with fresh weights; afterwards it holds the last ones, and the method is detached.
         method: What is compared.
         train: Training split.
-        validation: Validation split, for the log and the choice of the best weights.
+        validation: Validation split, for the log and the choice of the best weights; may be empty.
         settings: How to train.
         hidden: Names of the modules whose outputs are the hidden states.
         seed: Seed of the run.
         folder: Gets ``log.jsonl`` and ``checkpoint/``.
         config_hash: A checkpoint with another one is refused.
         hooks: Stopping, progress and the pace of checkpoints.
+        pixels: How uint8 images are varied and normalised; None for examples that are read as they are.
+        fabric: The devices; None takes one, the best there is.
 
     Raises:
         Interrupted: ``hooks.stop`` said so; a checkpoint was written.
         CorruptedFile: The checkpoint is damaged.
         ConfigMismatch: The checkpoint belongs to another configuration.
-        Diverged: The loss is no longer a number.
+        Diverged: The loss is no longer a number; the last checkpoint is from before that.
         StorageError: The folder cannot be written.
+        UsageError: A batch is larger than the training split, or cannot be divided among the devices.
     """
-    loop = _Loop(model, method, train, validation, settings, hidden, seed, folder, config_hash)
+    fabric = fabric or make_fabric(Devices(), settings.precision)
+    loop = _Loop(model, method, train, validation, settings, hidden, seed, folder, config_hash, pixels, fabric)
     try:
         loop.resume()
         loop.run(hooks)
     finally:
         method.detach()
-    return Fitted(loop.best_weights, loop.facts())
+    return Fitted(loop.weights(), loop.best_weights or None, loop.facts())
 
 
 class _Loop:
@@ -152,19 +173,42 @@ class _Loop:
         seed: int,
         folder: Path,
         config_hash: str,
+        pixels: Pixels | None,
+        fabric: Fabric,
     ) -> None:
-        self.fabric = Fabric(accelerator="auto", devices=1, precision=settings.precision)
-        device = self.fabric.device
-        self.model, self.method, self.settings = model, method, settings
+        self.fabric, device = fabric, fabric.device
+        self.model, self.method, self.settings, self.pixels = model.to(device), method, settings, pixels
         self.train = Examples(train.x.to(device), train.y.to(device))
         self.validation = Examples(validation.x.to(device), validation.y.to(device))
         self.log, self.checkpoint, self.config_hash = folder / "log.jsonl", folder / "checkpoint", config_hash
         self.batches = Batches(len(train), settings.batch_size, seed)
-        self.transform = method.attach(model, hidden, streams.stream_seed(seed, "method"))
-        self.optimizer = _optimizer(model, settings)
-        self.schedule = _schedule(self.optimizer, settings)
-        self.forward, self.stepper = self.fabric.setup(model, self.optimizer)
+        if self.batches.size % fabric.world_size:
+            raise UsageError(
+                f"train.batch_size {self.batches.size} cannot be divided among {fabric.world_size} devices"
+            )
+        self.augmentation = None if pixels is None else Augmentation(pixels, self.train.x, seed)
+        if pixels is not None:
+            self.train = Examples(self.train.x[:0], self.train.y)  # the augmentation holds the images
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.average = make_average(model, settings)
+        rank = fabric.global_rank
+        own = "method" if rank == 0 else f"method/{rank}"  # every device mixes with weights and partners of its own
+        self.transform = method.attach(model, hidden, streams.stream_seed(seed, own))
+        if rank > 0:
+            torch.manual_seed(streams.stream_seed(seed, f"torch/{rank}"))
+        self.companion = method.companion()
+        if self.companion is not None:
+            self.companion.to(device)
+        beside = [] if self.companion is None else list(self.companion.parameters())
+        self.optimizer = make_optimizer([*model.parameters(), *beside], settings)
+        self.per_epoch = settings.steps_per_epoch(len(train))
+        self.steps = settings.total_steps(len(train))
+        self.schedule = make_schedule(self.optimizer, settings, self.steps, self.per_epoch)
+        self.criterion = make_criterion(settings)
+        runs: Any = torch.compile(model) if settings.compile else model
+        self.forward, self.stepper = fabric.setup(runs, self.optimizer)
         self.step = 0
+        self.losses: list[Tensor] = []  # of the steps since the last look at them
         self.loss_sum, self.loss_count = 0.0, 0
         self.best: dict[str, Any] = {}
         self.best_weights: dict[str, Tensor] = {}
@@ -175,67 +219,134 @@ class _Loop:
     def run(self, hooks: Hooks) -> None:
         """All steps that are left."""
         self.mark = saved = time.monotonic()
+        pause = hooks.checkpoint_seconds
+        hooks.sizes(self.steps, self.batches.size)
         hooks.progress(self.step)
-        while self.step < self.settings.steps:
-            stopped = hooks.stop()
+        every = self.settings.eval_every or self.per_epoch
+        while self.step < self.steps:
+            stopped, due = self.agree(hooks.stop(), time.monotonic() - saved > pause)
             by_steps = hooks.checkpoint_steps is not None and self.step > 0 and self.step % hooks.checkpoint_steps == 0
-            if stopped or by_steps or time.monotonic() - saved > hooks.checkpoint_seconds:
-                self.save()
+            if stopped or due or by_steps:
                 saved = time.monotonic()
+                self.save()
+                cost, saved = time.monotonic() - saved, time.monotonic()
+                pause = max(pause, min(COST * cost, LONGEST - cost)) if pause else 0.0  # 0 asks for one at every step
             if stopped:
-                raise Interrupted(f"stopped at step {self.step} of {self.settings.steps}")
+                raise Interrupted(f"stopped at step {self.step} of {self.steps}")
             self.update()
-            if self.step % self.settings.eval_every == 0 or self.step == self.settings.steps:
+            if self.step % every == 0 or self.step == self.steps:
                 self.validate()
             hooks.progress(self.step)
         self.save()
 
+    def agree(self, stop: bool, due: bool) -> tuple[bool, bool]:
+        """With several processes: what the first one says, now and then, so that all do the same."""
+        if self.fabric.world_size == 1:
+            return stop, due
+        if self.step % AGREE:
+            return False, False
+        said = self.fabric.broadcast([stop, due])
+        return bool(said[0]), bool(said[1])
+
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        """Inputs and labels for this device, which sees its share of a batch that is the same on however many."""
+        rank, world, device = self.fabric.global_rank, self.fabric.world_size, self.fabric.device
+        rows = self.batches.draw().view(world, -1)[rank].to(device)
+        if self.augmentation is None:
+            return self.train.x[rows], self.train.y[rows]
+        draws = self.augmentation.draw(self.batches.size).view(3, world, -1)[:, rank].to(device)
+        return self.augmentation.batch(rows, draws), self.train.y[rows]
+
     def update(self) -> None:
         """One step of the optimiser."""
-        self.model.train()
-        rows = self.batches.draw().to(self.fabric.device)
-        x, y = self.transform(self.train.x[rows], self.train.y[rows])
+        if not self.model.training:
+            self.model.train()
+        x, y = self.transform(*self.next_batch())
         self.stepper.zero_grad()
-        loss = F.cross_entropy(
-            self.forward(x), y, reduction="none"
-        ).mean()  # a weight per example needs a loss per example
+        loss = self.method.loss(self.criterion, self.forward(x), y)
         self.fabric.backward(loss)
         self.stepper.step()
         self.schedule.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
         self.step += 1
-        self.loss_sum += float(loss.detach())
-        self.loss_count += 1
+        self.losses.append(loss.detach())
+        if self.fabric.device.type == "cpu" or len(self.losses) >= LOOK:
+            self.look()
+
+    def look(self) -> None:
+        """Read the losses since the last look.
+
+        Raises:
+            Diverged: One of them is no number; the step is named.
+        """
+        if not self.losses:
+            return
+        first = self.step - len(self.losses) + 1
+        values = torch.stack(self.losses).tolist()
+        self.losses.clear()
+        for step, value in enumerate(values, first):
+            if not math.isfinite(value):
+                raise self.diverged(f"the training loss is {value} at step {step}")
+            self.loss_sum += value  # one after the other: the sum must not depend on when they are looked at
+            self.loss_count += 1
+
+    def diverged(self, what: str) -> Diverged:
+        """The error, which says what is still there."""
+        kept = storage.saved_step(self.checkpoint)
+        there = "there is no checkpoint yet" if kept is None else f"the checkpoint of step {kept} is kept"
+        return Diverged(f"the training diverged: {what} of {self.steps}; {there}; try a smaller train.lr")
 
     def validate(self) -> None:
         """Measure on the validation split, keep the weights if they are the best so far, write a line of the log."""
-        train_loss = self.loss_sum / self.loss_count
-        error, nll = _evaluate(self.model, self.validation)
-        if not math.isfinite(train_loss + nll):
-            raise Diverged(
-                f"the training diverged: training loss {train_loss}, validation NLL {nll} at step {self.step}; "
-                "try a smaller train.lr"
-            )
-        self.loss_sum, self.loss_count = 0.0, 0
-        if not self.best or nll < self.best["validation_nll"]:
-            self.best = {"step": self.step, "validation_error": error, "validation_nll": nll}
-            self.best_weights = _copy(self.model.state_dict())
+        self.look()
         self.last_line = {
             "step": self.step,
-            "train_loss": train_loss,
-            "validation_error": error,
-            "validation_nll": nll,
+            "epoch": round(self.step / self.per_epoch, 4),
+            "train_loss": self.loss_sum / self.loss_count,
             "lr": self.schedule.get_last_lr()[0],
         }
-        try:
-            with self.log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(self.last_line) + "\n")
-        except OSError as cause:
-            raise StorageError(self.log, cause) from cause
+        self.loss_sum, self.loss_count = 0.0, 0
+        if len(self.validation):
+            measured = self.evaluate() if self.fabric.is_global_zero else (0.0, 0.0)
+            error, nll = self.fabric.broadcast(measured)  # every process chooses the same best weights
+            if not math.isfinite(nll):
+                raise self.diverged(f"the validation NLL is {nll} at step {self.step}")
+            self.last_line |= {"validation_error": error, "validation_nll": nll}
+            if not self.best or nll < self.best["validation_nll"]:
+                self.best = {"step": self.step, "validation_error": error, "validation_nll": nll}
+                self.best_weights = self.weights()
+        if self.fabric.is_global_zero:
+            try:
+                with self.log.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(self.last_line) + "\n")
+            except OSError as cause:
+                raise StorageError(self.log, cause) from cause
+
+    def evaluate(self) -> tuple[float, float]:
+        """Error in percent and mean NLL in nats on the validation split, in the precision of the training."""
+        model = self.model if self.average is None else self.average
+        prepare = None if self.pixels is None else self.pixels.normalise
+        with self.fabric.autocast():
+            logits = predicted_logits(model, self.validation.x, prepare=prepare)
+        y = self.validation.y.cpu()
+        return 100 * (logits.argmax(1) != y).double().mean().item(), F.cross_entropy(logits, y).item()
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of what is measured: the weights, or their average."""
+        measured = self.model if self.average is None else self.average.module
+        return {name: value.detach().clone() for name, value in measured.state_dict().items()}
 
     def save(self) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint, unless what it would hold has diverged."""
+        self.look()
+        if not all(torch.stack([p.detach().abs().max() for p in self.model.parameters() if p.numel()]).isfinite()):
+            raise self.diverged(f"a weight is no number after step {self.step}")
         now = time.monotonic()
         self.seconds, self.mark = self.seconds + now - self.mark, now
+        own = gather(self.fabric, {"method": self.method.state_dict(), "torch": storage.torch_rng_state()})
+        if not self.fabric.is_global_zero:
+            return
         state = {
             "config_hash": self.config_hash,
             "step": self.step,
@@ -245,11 +356,13 @@ class _Loop:
             "best": self.best,
             "best_weights": self.best_weights,
             "model": self.model.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "companion": None if self.companion is None else self.companion.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "batches": self.batches.state_dict(),
-            "method": self.method.state_dict(),
-            "torch": storage.torch_rng_state(),
+            "augmentation": None if self.augmentation is None else self.augmentation.state_dict(),
+            "own": own,
         }
         storage.save_state(self.checkpoint, state, self.step)
 
@@ -259,6 +372,11 @@ class _Loop:
         if state is not None:
             if state.get("config_hash") != self.config_hash:
                 raise ConfigMismatch(f"{self.checkpoint} belongs to a run of another config; delete it to start again")
+            if len(state.get("own", ())) != self.fabric.world_size:
+                raise ConfigMismatch(
+                    f"{self.checkpoint} was written by {len(state.get('own', ()))} processes, here are "
+                    f"{self.fabric.world_size}; use as many, or delete it to start again"
+                )
             try:
                 self._restore(state)
             except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -266,15 +384,22 @@ class _Loop:
                 raise CorruptedFile(
                     f"the checkpoint {self.checkpoint} does not fit the run ({reason}); delete it to start again"
                 ) from error
-        _trim_log(self.log, self.step)
+        if self.fabric.is_global_zero:
+            _trim_log(self.log, self.step)
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
+        for part, saved in ((self.average, state["average"]), (self.companion, state["companion"])):
+            if part is not None:
+                part.load_state_dict(saved)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.batches.load_state_dict(state["batches"])
-        self.method.load_state_dict(state["method"])
-        storage.restore_torch_rng(state["torch"])
+        if self.augmentation is not None:
+            self.augmentation.load_state_dict(state["augmentation"])
+        own = state["own"][self.fabric.global_rank]
+        self.method.load_state_dict(own["method"])
+        storage.restore_torch_rng(own["torch"])
         self.step, self.seconds = state["step"], state["seconds"]
         self.loss_sum, self.loss_count = state["loss"]
         self.best, self.best_weights, self.last_line = state["best"], state["best_weights"], state["last_line"]
@@ -283,50 +408,14 @@ class _Loop:
         """What the record says about the training."""
         return {
             "steps": self.step,
-            "examples": len(self.train),
+            "examples": self.batches.examples,
             "epochs": self.step * self.batches.size / self.batches.examples,
             "loss": self.last_line.get("train_loss"),
-            "best_step": self.best["step"],
-            "best_by": "validation_nll",
+            **({"best_step": self.best["step"], "best_by": "validation_nll"} if self.best else {}),
+            "processes": self.fabric.world_size,
             "seconds": round(self.seconds, 3),
             **self.method.facts(),
         }
-
-
-def _optimizer(model: nn.Module, settings: TrainConfig) -> torch.optim.Optimizer:
-    """Adam or SGD; the fused kernels take a third of the time on networks as small as these."""
-    if settings.optimizer == "sgd":
-        return torch.optim.SGD(
-            model.parameters(),
-            lr=settings.lr,
-            momentum=settings.momentum,
-            nesterov=settings.nesterov,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
-    return torch.optim.Adam(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
-
-
-def _schedule(optimizer: torch.optim.Optimizer, settings: TrainConfig) -> torch.optim.lr_scheduler.LambdaLR:
-    """The learning rate as a function of the step alone, so that resuming cannot change it."""
-
-    def factor(step: int) -> float:
-        return 1.0 if settings.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * step / settings.steps))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-@torch.no_grad()
-def _evaluate(model: nn.Module, examples: Examples) -> tuple[float, float]:
-    """Error in percent and mean NLL in nats, in eval mode and full precision."""
-    model.eval()
-    logits = model(examples.x)
-    error = (logits.argmax(1) != examples.y).double().mean().item()
-    return 100 * error, F.cross_entropy(logits.double(), examples.y).item()
-
-
-def _copy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in weights.items()}
 
 
 def _trim_log(path: Path, step: int) -> None:

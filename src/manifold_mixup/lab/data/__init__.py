@@ -17,6 +17,7 @@ __all__ = [
     "Examples",
     "Pixels",
     "Places",
+    "Report",
     "describe_data",
     "get_dataset",
     "load_data",

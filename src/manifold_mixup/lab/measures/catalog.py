@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from manifold_mixup.lab.measures.base import Metric
+from manifold_mixup.lab.measures.registry import MEASURES
 
 __all__ = ["MAIN", "OWN", "Metric", "describe"]
 
@@ -38,6 +39,9 @@ def describe(name: str) -> Metric:
     """The words for a measure; one that is not known is called by its own name."""
     if name in _OWN:
         return _OWN[name]
+    for measure in MEASURES.values():
+        if (metric := measure.describe(name)) is not None:
+            return metric
     split, _, kind = name.partition("_")
     if split in _SPLITS and kind in _CLASSIFICATION:
         found = _CLASSIFICATION[kind]
