@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from manifold_mixup.lab import streams
-from manifold_mixup.lab.config import ExperimentConfig, PlannedRun
-from manifold_mixup.lab.data import load_data
+from manifold_mixup.lab.config import ExperimentConfig, PlannedRun, TrainConfig
+from manifold_mixup.lab.data import Examples, Pixels, load_data
 from manifold_mixup.lab.methods import make_method
 from manifold_mixup.lab.models import build_model, hidden_layers
 from manifold_mixup.lab.parsing import effective_settings, parse_config
@@ -85,3 +85,43 @@ def train(run: PlannedRun, folder: Path, hooks: Hooks | None = None) -> tuple[di
 def equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     """Whether two sets of weights are the same bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+PIXELS = Pixels((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), crop_padding=1, flip=True)
+
+
+def coloured(n: int, seed: int = 0) -> Examples:
+    """Images of 8x8 pixels, uint8, in three classes that differ in colour."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % 3
+    x = torch.randint(0, 150, (n, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    x[torch.arange(n), y] += 100
+    return Examples(x, y)
+
+
+def train_images(
+    folder: Path, hooks: Hooks | None = None, *, method: str = "manifold_mixup", validation: int = 12, **settings: Any
+) -> tuple[dict[str, Tensor], Fitted]:
+    """Train a small residual network on small images: its last weights and what the loop returned."""
+    folder.mkdir(parents=True, exist_ok=True)
+    options = {"width": 4}
+    values = {"steps": 12, "batch_size": 8, "optimizer": "sgd", "momentum": 0.9, "lr": 0.05, **settings}
+    if "epochs" in settings:
+        del values["steps"]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build_model("preact_resnet8", options, (3, 8, 8), 3)
+        fitted = fit(
+            model,
+            make_method(method, {}),
+            coloured(32),
+            coloured(validation, seed=1),
+            TrainConfig.model_validate(values),
+            hidden=hidden_layers("preact_resnet8", options),
+            seed=0,
+            folder=folder,
+            config_hash="x",
+            hooks=hooks or Hooks(),
+            pixels=PIXELS,
+        )
+    return {name: value.clone() for name, value in model.state_dict().items()}, fitted

@@ -235,7 +235,7 @@ def test_bad_input_is_one_line(call, recipe, arguments, pattern):
 def test_unknown_recipe_command_and_missing_option_are_one_line(call):
     assert_refused(call("compare", "--recipe", "spirl"), "unknown recipe 'spirl': did you mean 'spiral'")
     assert_refused(call("comparr"), "No such command")
-    assert_refused(call("compare"), "Missing option")
+    assert_refused(call("compare"), "--recipe NAME, or --data NAME")
 
 
 def test_a_folder_of_another_config_is_one_line(call, recipe):

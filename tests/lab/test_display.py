@@ -117,7 +117,9 @@ def test_progress_is_silent_where_nobody_looks_but_failures_are_said(capsys):
     for quiet in (False, True):
         with display.Bars(2, quiet=quiet) as bars:
             bars.started(run)
-            bars.advanced(run, 3)
+            bars.advanced(run, 3, 12, 10)
+            bars.prepared("archive", 5, 0)
+            bars.prepared("archive", 7, 7)
             bars.ended(run, record("none", 0, test_error=1.0))
         assert capsys.readouterr() == ("", "")
     why = "it broke " * 30

@@ -103,7 +103,7 @@ class Killer(Silent):
     def __init__(self):
         self.killed = 0
 
-    def advanced(self, run, step):
+    def advanced(self, run, step, steps, batch):
         if not self.killed and 0 < step < run.config.train.steps:
             self.killed = 1
             os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
@@ -126,7 +126,7 @@ class CtrlC(Silent):
 
     pressed = False
 
-    def advanced(self, run, step):
+    def advanced(self, run, step, steps, batch):
         if 0 < step < run.config.train.steps and not self.pressed:
             self.pressed = True
             os.kill(os.getpid(), signal.SIGINT)
@@ -150,7 +150,7 @@ def test_ctrl_c_leaves_checkpoints_from_which_the_same_numbers_come(tmp_path, jo
 class LateCtrlC(Watcher):
     """Presses Ctrl-C at the very last step of the first run."""
 
-    def advanced(self, run, step):
+    def advanced(self, run, step, steps, batch):
         if step == run.config.train.steps:
             os.kill(os.getpid(), signal.SIGINT)
 

@@ -1,5 +1,6 @@
 import copy
 import math
+from typing import Literal, get_args, get_origin
 
 import pytest
 from pydantic import ValidationError
@@ -8,6 +9,7 @@ from lab.small import DIGITS, SPIRAL, experiment, one_run, tree
 from manifold_mixup.lab.config import ExperimentConfig, RunConfig, TrainConfig, slug
 from manifold_mixup.lab.data import DATASETS
 from manifold_mixup.lab.errors import RecipeError
+from manifold_mixup.lab.measures.registry import MEASURES
 from manifold_mixup.lab.methods import METHODS
 from manifold_mixup.lab.models import MODELS
 from manifold_mixup.lab.parsing import effective_settings, parse_config
@@ -166,6 +168,23 @@ OTHER = {
     "weight_decay": 0.1,
     "eval_every": 7,
     "precision": "bf16-mixed",
+    "loss": "bce-softmax",
+    "label_smoothing": 0.1,
+    "ema": 0.9,
+    "compile": True,
+    "threads": 2,
+    "epochs": 3,
+    "milestones": [4],
+    "gamma": 0.5,
+    "warmup": 0.5,
+}
+NEEDS = {
+    "momentum": {"train__optimizer": "sgd"},
+    "nesterov": {"train__optimizer": "sgd", "train__momentum": 0.5},
+    "milestones": {"train__schedule": "step"},
+    "gamma": {"train__schedule": "step", "train__milestones": [5]},
+    "warmup": {"train__schedule": "one-cycle"},
+    "epochs": {"train__steps": None},
 }
 
 
@@ -173,33 +192,42 @@ def test_every_training_setting_changes_the_hash():
     assert OTHER.keys() == TrainConfig.model_fields.keys()
     hashes = {one_run().config.hash}
     for i, (key, value) in enumerate(OTHER.items(), 1):
-        needs = {"train__optimizer": "sgd"} if key in ("momentum", "nesterov") else {}
-        needs |= {"train__momentum": 0.5} if key == "nesterov" else {}
-        hashes.add(one_run(**{**needs, f"train__{key}": value}).config.hash)
+        hashes.add(one_run(**{**NEEDS.get(key, {}), f"train__{key}": value}).config.hash)
         assert len(hashes) == i + 1, key
 
 
 def other_value(field):
-    value = field.default
+    """A value that the option allows and that is not its default."""
+    value, kinds = field.default, [field.annotation, *get_args(field.annotation)]
     if isinstance(value, bool):
         return not value
     if isinstance(value, float):
         return value / 2 or 0.5
     if isinstance(value, int):
         return value - 1 if value > 1 else 2
+    choices = [choice for kind in kinds for choice in get_args(kind)] if Literal in map(get_origin, kinds) else []
+    for choice in choices:
+        if choice != value:
+            return choice
     if value in ("auto", "all"):
         return ["head"]
-    return {"batch": "example", "random": "halves"}[value]
+    for kind, example in ((int, 7), (float, 0.5), (bool, True), (str, "x")):
+        if kind in kinds:
+            return example
+    return ["x"]
 
 
 @pytest.mark.parametrize(
-    "entry", [*DATASETS.values(), *MODELS.values(), *METHODS.values()], ids=lambda e: getattr(e, "name", "data")
+    "entry",
+    [*DATASETS.values(), *MODELS.values(), *METHODS.values(), *MEASURES.values()],
+    ids=lambda e: getattr(e, "name", None) or e.info.name,
 )
 def test_every_option_changes_the_resolved_config(entry):
     model = entry.Options if isinstance(entry, type) else entry.options
-    default = model()
+    required = {name: "x" for name, field in model.model_fields.items() if field.is_required()}
+    default = model(**required)
     for name, field in model.model_fields.items():
-        changed = model.model_validate({name: other_value(field)})
+        changed = model.model_validate({**required, name: "y" if name in required else other_value(field)})
         assert changed.model_dump() != default.model_dump(), name
         assert field.description, name
 

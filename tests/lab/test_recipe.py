@@ -3,7 +3,6 @@ from pathlib import Path
 
 import pytest
 
-from lab.small import SPIRAL
 from manifold_mixup.lab.errors import RecipeError, StorageError, UnknownName, UsageError
 from manifold_mixup.lab.methods import METHODS
 from manifold_mixup.lab.recipe import (
@@ -191,7 +190,45 @@ def test_an_unknown_setting_is_refused():
 
 
 def test_without_a_recipe():
-    config = without_recipe(
-        "train", {"data": SPIRAL["data"], "model": SPIRAL["model"]}, Overrides(methods=["none"], seeds="2,")
-    )
+    config = without_recipe(Overrides(methods=["none"], seeds="2,"), name="train")
     assert (config.name, config.seeds, config.methods[0].name) == ("train", [2], "none")
+    assert (config.data.name, config.model.name, config.train.steps) == ("digits", "mlp", 2000)
+
+
+def test_without_a_recipe_three_methods_at_three_seeds_are_compared():
+    config = without_recipe(Overrides(data="spiral", model="spiral_net:width=8"))
+    assert config.name == "spiral-spiral_net"
+    assert [method.name for method in config.methods] == ["none", "input_mixup", "manifold_mixup"]
+    assert config.seeds == [0, 1, 2]
+
+
+def test_lengths_replace_each_other():
+    assert without_recipe(Overrides(epochs=3)).train.steps is None
+    assert load_recipe("digits", Overrides(epochs=3)).train.epochs == 3
+    again = load_recipe("digits", Overrides(steps=7)).train
+    assert (again.steps, again.epochs) == (7, None)
+    with pytest.raises(RecipeError, match="give one of them"):
+        load_recipe("digits", Overrides(steps=7, epochs=3))
+
+
+def test_shorthands_set_options_of_data_network_and_training():
+    config = load_recipe("digits", Overrides(train_examples=100, width=64, threads=2))
+    assert config.data.options["train_examples"] == 100
+    assert config.model.options["width"] == 64
+    assert config.train.threads == 2
+
+
+def test_a_name_may_take_a_value():
+    part = parse_component("net:some/file,key=3", "--model", {"net": "path"}.get)
+    assert part == {"name": "net", "options": {"path": "some/file", "key": 3}}
+    by_name = parse_component("net:path=some/file,key=3", "--model", {"net": "path"}.get)
+    assert by_name == part
+    with pytest.raises(UsageError, match="should read key=value"):
+        parse_component("other:some/file", "--model", {"net": "path"}.get)
+
+
+def test_a_path_that_exists_is_kept_in_full(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a=b").mkdir()
+    part = parse_component("net:./a=b", "--data", {"net": "path"}.get)
+    assert part["options"]["path"] == str(tmp_path / "a=b")

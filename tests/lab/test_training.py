@@ -5,13 +5,16 @@ import os
 
 import pytest
 import torch
+from pydantic import ValidationError
 
-from lab.small import DIGITS, SPIRAL, equal, one_run, train
+from lab.small import DIGITS, SPIRAL, equal, one_run, train, train_images
 from manifold_mixup.lab import storage, training
 from manifold_mixup.lab.config import TrainConfig
 from manifold_mixup.lab.data import DataSplits
 from manifold_mixup.lab.errors import ConfigMismatch, CorruptedFile, Diverged, Interrupted, StorageError, UsageError
 from manifold_mixup.lab.methods import METHODS
+from manifold_mixup.lab.records import RunFolder
+from manifold_mixup.lab.run import execute
 from manifold_mixup.lab.training import Batches, Hooks, fit
 
 
@@ -132,6 +135,12 @@ CHANGES = {
     "schedule": {"train__schedule": "cosine"},
     "weight_decay": {"train__weight_decay": 0.1},
     "precision": {"train__precision": "bf16-mixed"},
+    "loss": {"train__loss": "bce-softmax"},
+    "label_smoothing": {"train__label_smoothing": 0.1},
+    "milestones": {"train__schedule": "step", "train__milestones": [3]},
+    "gamma": {"train__schedule": "step", "train__milestones": [3], "train__gamma": 0.5},
+    "one-cycle": {"train__schedule": "one-cycle"},
+    "warmup": {"train__schedule": "one-cycle", "train__warmup": 0.6},
     "seed": {"seeds": [1]},
 }
 
@@ -142,7 +151,8 @@ def test_every_training_setting_is_read(tmp_path):
         weights = train(one_run(**changes), tmp_path / name)[0]
         assert not [other for other, before in seen.items() if equal(weights, before)], f"{name} changed nothing"
         seen[name] = weights
-    assert set(TrainConfig.model_fields) - CHANGES.keys() == {"eval_every"}  # has a test of its own
+    # those below have tests of their own
+    assert set(TrainConfig.model_fields) - CHANGES.keys() == {"epochs", "eval_every", "ema", "compile", "threads"}
 
 
 def test_eval_every_is_read(tmp_path):
@@ -250,9 +260,43 @@ def test_a_full_disk_is_a_clear_error(tmp_path, monkeypatch):
         train(one_run(), tmp_path)
 
 
-def test_a_loss_that_is_no_number_is_a_clear_error(tmp_path):
-    with pytest.raises(Diverged, match=r"diverged.*try a smaller train.lr"):
+def test_a_loss_that_is_no_number_names_the_step(tmp_path):
+    with pytest.raises(Diverged, match=r"loss is \w+ at step \d+ of 12; there is no checkpoint.*a smaller train.lr"):
         train(one_run(train__optimizer="sgd", train__lr=1e30), tmp_path)
+
+
+class Poison:
+    """A method whose loss is no number from one step on, or whose gradients are."""
+
+    def __init__(self, monkeypatch, step, *, gradient=False):
+        self.calls, self.step, self.gradient = 0, step, gradient
+        monkeypatch.setattr(METHODS["none"], "loss", self.loss)
+
+    def loss(self, criterion, output, target):
+        self.calls += 1
+        loss = criterion(output, target)
+        if self.calls < self.step:
+            return loss
+        if self.gradient:
+            return loss + (output - output.detach()).sqrt().sum()  # 0, with an infinite slope
+        return loss * float("nan")
+
+
+def test_the_last_good_checkpoint_is_kept(tmp_path, monkeypatch):
+    Poison(monkeypatch, 8)
+    message = r"training loss is nan at step 8 of 12; the checkpoint of step 5 is kept"
+    with pytest.raises(Diverged, match=message):
+        train(one_run(), tmp_path, Hooks(checkpoint_steps=5))
+    state = storage.load_state(tmp_path / "checkpoint")
+    assert state["step"] == 5
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_a_weight_that_is_no_number_is_never_saved(tmp_path, monkeypatch):
+    Poison(monkeypatch, 10, gradient=True)
+    with pytest.raises(Diverged, match=r"no number after step 10 of 12; the checkpoint of step 8 is kept"):
+        train(one_run(train__eval_every=12), tmp_path, Hooks(checkpoint_steps=2))
+    assert storage.load_state(tmp_path / "checkpoint")["step"] == 8
 
 
 def test_the_method_is_detached_after_an_error(tmp_path, monkeypatch):
@@ -261,3 +305,102 @@ def test_the_method_is_detached_after_an_error(tmp_path, monkeypatch):
     with pytest.raises(PowerCut):
         train(one_run(SPIRAL), tmp_path, cut_at(3))
     assert detached == [True]
+
+
+# ---------------------------------------------------------------- images
+
+
+def test_epochs_are_passes_over_whole_batches(tmp_path):
+    _, fitted = train_images(tmp_path, epochs=3, batch_size=10)  # 32 images: 3 batches of 10
+    assert (fitted.facts["steps"], fitted.facts["examples"]) == (9, 32)
+    assert [(line["step"], line["epoch"]) for line in log(tmp_path)] == [(3, 1), (6, 2), (9, 3)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"epochs": 3},
+        {"precision": "bf16-mixed"},
+        {"ema": 0.8},
+        {"loss": "bce-softmax"},
+        {"method": "none", "validation": 0},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_resuming_on_images_is_exact(settings, tmp_path):
+    straight, fitted = train_images(tmp_path / "straight", **settings)
+    with pytest.raises(Interrupted):
+        train_images(tmp_path / "broken", stop_at(7), **settings)
+    resumed, refitted = train_images(tmp_path / "broken", **settings)
+    assert equal(resumed, straight)
+    assert equal(refitted.last, fitted.last)
+    assert log(tmp_path / "broken") == log(tmp_path / "straight")
+
+
+def test_the_pace_of_checkpoints_changes_nothing_on_images(tmp_path):
+    often = train_images(tmp_path / "a", Hooks(checkpoint_steps=1))[0]
+    assert equal(often, train_images(tmp_path / "b")[0])
+    assert log(tmp_path / "a") == log(tmp_path / "b")
+
+
+def test_without_a_validation_split_there_are_no_best_weights(tmp_path):
+    weights, fitted = train_images(tmp_path, validation=0)
+    assert fitted.best is None
+    assert equal(fitted.last, weights)
+    assert "best_step" not in fitted.facts
+    assert all("validation_nll" not in line and line["train_loss"] > 0 for line in log(tmp_path))
+
+
+def test_an_average_of_the_weights_is_what_is_measured(tmp_path):
+    weights, fitted = train_images(tmp_path / "average", ema=0.8)
+    plain, _ = train_images(tmp_path / "plain")
+    assert equal(weights, plain)  # the average looks on
+    assert not equal(fitted.last, weights)
+    trained = [log(tmp_path / name)[-1]["validation_nll"] for name in ("average", "plain")]
+    assert trained[0] != trained[1]
+
+
+def test_an_average_with_its_weight_on_the_present_is_the_weights(tmp_path):
+    weights, fitted = train_images(tmp_path, ema=1e-9)
+    for name, value in weights.items():
+        if value.is_floating_point():
+            assert torch.allclose(fitted.last[name], value, atol=1e-5), name
+
+
+def test_images_are_trained_on_and_learned(tmp_path):
+    train_images(tmp_path, method="none", steps=40)
+    first, *_, last = log(tmp_path)
+    assert last["validation_nll"] < first["validation_nll"]
+    assert last["validation_error"] == 0
+
+
+@pytest.mark.slow
+def test_a_compiled_network_trains_to_the_same_weights(tmp_path):
+    compiled, _ = train_images(tmp_path / "a", compile=True)
+    eager, _ = train_images(tmp_path / "b")
+    assert not (set(compiled) ^ set(eager))
+    for name, value in eager.items():
+        assert torch.allclose(compiled[name].double(), value.double(), atol=1e-4), name
+
+
+def test_several_threads_are_used_when_asked_for(tmp_path):
+    seen = []
+    run = RunFolder(tmp_path, one_run(DIGITS, train__threads=2))
+    execute(run, Hooks(progress=lambda step: seen.append(torch.get_num_threads())))
+    assert set(seen) == {2}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 3, "epochs": 3}, "give one of them"),
+        ({"schedule": "step"}, "needs milestones"),
+        ({"schedule": "step", "steps": 10, "milestones": [10]}, "between 0 and the 10 steps"),
+        ({"schedule": "step", "epochs": 10, "milestones": [5, 3]}, "have to rise"),
+        ({"milestones": [3]}, "schedule 'step' only"),
+        ({"warmup": 0.5}, "schedule 'one-cycle' only"),
+    ],
+)
+def test_settings_that_nothing_would_read_are_refused(settings, message):
+    with pytest.raises(ValidationError, match=message):
+        TrainConfig(**settings)

@@ -171,8 +171,11 @@ def compare(
     -m 'manifold_mixup:alpha=2,layers=layer1+layer2,label=hidden only'[/bold]
     """
     from manifold_mixup.lab.data import Places
+    from manifold_mixup.lab.errors import UsageError
     from manifold_mixup.lab.recipe import Overrides, load_recipe, without_recipe
 
+    if recipe is None and data is None:
+        raise UsageError("say what to compare: --recipe NAME, or --data NAME with --model and --methods")
     listed = [item for item in (methods or "").split(",") if item.strip()]
     changes = Overrides(
         data=data,
@@ -407,19 +410,17 @@ def datasets(data_dir: DataDirOption = None, as_json: JsonOption = False) -> Non
             facts = {**dataclasses.asdict(d.info), "present": there[name]}
             _print_json({**facts, "options": d.options.model_json_schema()})
     else:
-        words = {None: "nothing to bring", True: "at hand", False: "not here"}
+        words = {None: "no files needed", True: "files: at hand", False: "files: not here"}
         rows = [
             (
                 name,
-                d.info.title,
-                display.size_text(d.info),
-                words[there[name]],
+                "\n".join([d.info.title, display.size_text(d.info), words[there[name]]]),
                 display.options_text(d.options),
                 f"{d.info.source}; {d.info.terms}",
             )
             for name, d in DATASETS.items()
         ]
-        columns = ("name", "what it is", "size", "files", "options", "source and terms")
+        columns = ("name", "what it is", "options", "source and terms")
         display.console().print(display.listing("data sets", columns, rows))
 
 
@@ -558,7 +559,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = "--debug" in arguments[: next((i for i, a in enumerate(arguments) if not a.startswith("-")), 0)]
     with contextlib.nullcontext() if debug else _one_line_errors():
         code = app(arguments, standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
+        _leave(code if isinstance(code, int) else 0)
 
 
 @contextlib.contextmanager
@@ -582,4 +583,12 @@ def _one_line_errors() -> Iterator[None]:
 
 def _fail(message: str, code: int) -> None:
     typer.echo(f"error: {' '.join(message.split())}", err=True)
+    _leave(code)
+
+
+def _leave(code: int) -> None:
+    if "manifold_mixup.lab.devices" in sys.modules:  # else nothing was trained
+        from manifold_mixup.lab.devices import leave
+
+        leave(code)
     sys.exit(code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from lightning_fabric import Fabric
 
 from manifold_mixup.lab.errors import UsageError
 
-__all__ = ["Devices", "gather", "make_fabric"]
+__all__ = ["Devices", "gather", "leave", "make_fabric"]
 
 
 @dataclass(frozen=True)
@@ -75,3 +76,17 @@ def gather(fabric: Fabric, value: Mapping[str, Any]) -> list[Any]:
     values: list[Any] = [None] * fabric.world_size
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def leave(code: int) -> None:
+    """End a process that trained together with others; return if it did not.
+
+    Threads of the gloo backend outlive the process group, and one that frees a tensor while Python shuts down aborts
+    the process. So Python does not shut down here: what was printed is flushed, and the process ends.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if code == 0:
+            torch.distributed.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

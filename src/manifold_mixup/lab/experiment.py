@@ -157,7 +157,10 @@ def _data_sets(folders: Sequence[RunFolder]) -> list[tuple[str, dict[str, Any]]]
 def _attempt(
     folder: RunFolder, settings: Settings, stop: Callable[[], bool], progress: Callable[[int, int, int], None]
 ) -> Record | Failure:
-    """Carry out one run; its own errors become a failure, a stop and a full disk end the whole experiment."""
+    """Carry out one run; its own errors become a failure, a stop and a full disk end the whole experiment.
+
+    With several processes every error ends it.
+    """
     from manifold_mixup.lab.run import execute
     from manifold_mixup.lab.training import Hooks
 
@@ -175,7 +178,10 @@ def _attempt(
         text = str(error) if isinstance(error, ManifoldMixupError) else f"{type(error).__name__}: {error}"
         run = folder.run
         failure = Failure(run.experiment, run.label, run.config.seed, " ".join(text.split()), traceback.format_exc())
-        folder.fail(failure)
+        if settings.devices.first:
+            folder.fail(failure)
+        if settings.devices.several:  # the others are waiting for this process: only its end can tell them
+            raise ExperimentStopped(failure.error) from error
         return failure
 
 

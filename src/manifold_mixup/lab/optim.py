@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from manifold_mixup.lab.config import TrainConfig
 
-__all__ = ["learning_rate", "make_average", "make_optimizer", "make_schedule"]
+__all__ = ["lay_out_like_parameters", "learning_rate", "make_average", "make_optimizer", "make_schedule"]
 
 WARMUP = 0.3
 START, END = 25.0, 1e4  # one-cycle: the peak over the first rate, and the first rate over the last one
@@ -24,6 +24,18 @@ def make_optimizer(parameters: Iterable[nn.Parameter], settings: TrainConfig) ->
     if settings.optimizer == "sgd":
         return torch.optim.SGD(parameters, momentum=settings.momentum, nesterov=settings.nesterov, **shared)
     return torch.optim.Adam(parameters, **shared)
+
+
+def lay_out_like_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Give loaded state the memory format of its parameters, in place.
+
+    A checkpoint holds contiguous tensors, and the fused kernels walk through parameter, gradient and state in memory
+    order: a momentum in another order than its channels-last weight would be added to the wrong elements.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def make_schedule(
@@ -57,7 +69,7 @@ def learning_rate(settings: TrainConfig, steps: int, per_epoch: int) -> Callable
         rise = (WARMUP if settings.warmup is None else settings.warmup) * steps - 1
 
         def one_cycle(step: int) -> float:
-            if step <= rise:
+            if step < rise:
                 return _between(1 / START, 1.0, step / rise)
             return _between(1.0, 1 / (START * END), min((step - rise) / max(steps - 1 - rise, 1), 1.0))
 

@@ -28,7 +28,7 @@ from manifold_mixup.lab.devices import Devices, gather, make_fabric
 from manifold_mixup.lab.errors import ConfigMismatch, CorruptedFile, Diverged, Interrupted, StorageError, UsageError
 from manifold_mixup.lab.measures.inference import predicted_logits
 from manifold_mixup.lab.methods import Method
-from manifold_mixup.lab.optim import make_average, make_optimizer, make_schedule
+from manifold_mixup.lab.optim import lay_out_like_parameters, make_average, make_optimizer, make_schedule
 
 __all__ = ["Batches", "Fitted", "Hooks", "fit"]
 
@@ -393,6 +393,7 @@ class _Loop:
             if part is not None:
                 part.load_state_dict(saved)
         self.optimizer.load_state_dict(state["optimizer"])
+        lay_out_like_parameters(self.optimizer)
         self.schedule.load_state_dict(state["schedule"])
         self.batches.load_state_dict(state["batches"])
         if self.augmentation is not None:
