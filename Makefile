@@ -38,6 +38,7 @@ bench: .venv-dev/ready
 	.venv-dev/bin/python benchmarks/compiled_op.py
 	.venv-dev/bin/python benchmarks/step_overhead.py
 	.venv-dev/bin/python benchmarks/peers.py
+	.venv-dev/bin/python benchmarks/training.py
 
 docs: .venv-dev/ready  ## the documentation site, in dist/site; make test builds it as well, and runs what it shows
 	NO_MKDOCS_2_WARNING=1 .venv-dev/bin/mkdocs build --strict

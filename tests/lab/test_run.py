@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -10,6 +11,7 @@ from manifold_mixup.lab import storage
 from manifold_mixup.lab.data import load_data
 from manifold_mixup.lab.errors import Interrupted
 from manifold_mixup.lab.measures import evaluate
+from manifold_mixup.lab.measures.registry import MEASURES
 from manifold_mixup.lab.models import build_model
 from manifold_mixup.lab.records import RunFolder
 from manifold_mixup.lab.run import execute
@@ -139,7 +141,8 @@ def test_the_test_split_is_taken_after_the_training(digits, monkeypatch):
 
 
 def test_a_measure_that_is_no_finite_number_is_none(digits, monkeypatch):
-    monkeypatch.setattr(run_module, "evaluate", lambda model, x, y, prefix: {f"{prefix}_nll": float("nan")})
+    entry = dataclasses.replace(MEASURES["classification"], compute=lambda subject, options: {"test_nll": float("nan")})
+    monkeypatch.setitem(MEASURES, "classification", entry)
     record = execute(digits)
     assert record.metrics["test_nll"] is None
     assert json.loads((digits.path / "record.json").read_text())["metrics"]["test_nll"] is None

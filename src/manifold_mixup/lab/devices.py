@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -13,6 +14,9 @@ import torch
 from lightning_fabric import Fabric
 
 from manifold_mixup.lab.errors import UsageError
+
+# Fabric says on stderr which precision and processes it has. Records say it too, and it would break progress bars.
+logging.getLogger("lightning_fabric.utilities.rank_zero").setLevel(logging.WARNING)
 
 __all__ = ["Devices", "gather", "leave", "make_fabric"]
 

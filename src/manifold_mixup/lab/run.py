@@ -68,15 +68,17 @@ def execute(
 
 @contextlib.contextmanager
 def _isolated(settings: TrainConfig) -> Iterator[None]:
-    """Keep torch's random state and threads; with one thread a run has the same bits however many run beside it."""
-    threads = torch.get_num_threads()
+    """Keep torch's random state and settings; with one thread a run has the same bits however many run beside it."""
+    threads, searched = torch.get_num_threads(), torch.backends.cudnn.benchmark
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         torch.set_num_threads(settings.threads or os.cpu_count() or 1)
+        torch.backends.cudnn.benchmark = True  # every batch has one shape: the fastest kernels are worth a search
         try:
             yield
         finally:
             torch.set_num_threads(threads)
+            torch.backends.cudnn.benchmark = searched
 
 
 def fresh_model(run: RunConfig, info: DataInfo) -> tuple[nn.Module, list[str]]:

@@ -8,12 +8,6 @@ from manifold_mixup.lab.measures.registry import MEASURES
 __all__ = ["MAIN", "OWN", "Metric", "describe"]
 
 
-_CLASSIFICATION = {
-    "error": Metric("error", "%", 2, "share of wrong predictions"),
-    "nll": Metric("NLL", "nats", 3, "mean cross-entropy: how improbable the network thought the true classes"),
-    "ece": Metric("ECE", "%", 2, "expected calibration error: mean gap between confidence and accuracy, 15 bins"),
-}
-_SPLITS = {"test": "test", "validation": "validation", "train": "training"}
 _OWN = {
     "train_accuracy": Metric("training accuracy", "%", 1, "share of the training points that are predicted right"),
     "test_accuracy": Metric("test accuracy", "%", 1, "share of fresh points that are predicted right"),
@@ -31,7 +25,7 @@ _OWN = {
     ),
 }
 
-MAIN = tuple(f"test_{name}" for name in _CLASSIFICATION)
+MAIN = ("test_error", "test_nll", "test_ece")
 OWN = tuple(_OWN)
 
 
@@ -42,8 +36,4 @@ def describe(name: str) -> Metric:
     for measure in MEASURES.values():
         if (metric := measure.describe(name)) is not None:
             return metric
-    split, _, kind = name.partition("_")
-    if split in _SPLITS and kind in _CLASSIFICATION:
-        found = _CLASSIFICATION[kind]
-        return Metric(f"{_SPLITS[split]} {found.title}", found.unit, found.digits, found.meaning)
     return Metric(name, "", 3, "")

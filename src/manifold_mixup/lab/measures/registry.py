@@ -7,12 +7,35 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from manifold_mixup.lab.errors import UnknownName, UsageError
+from manifold_mixup.lab.measures import (
+    attacks,
+    calibration,
+    classification,
+    deformations,
+    geometry,
+    input_margin,
+    neighbours,
+    noise,
+    off_data,
+    spectra,
+)
 from manifold_mixup.lab.measures.base import Measure, Subject
 from manifold_mixup.lab.options import Options
 
 __all__ = ["MEASURES", "always", "get_measure", "measure", "unmet"]
 
-GROUPS: tuple[tuple[Measure, ...], ...] = ()
+GROUPS: tuple[tuple[Measure, ...], ...] = (
+    classification.MEASURES,
+    calibration.MEASURES,
+    deformations.MEASURES,
+    attacks.MEASURES,
+    noise.MEASURES,
+    spectra.MEASURES,
+    neighbours.MEASURES,
+    geometry.MEASURES,
+    off_data.MEASURES,
+    input_margin.MEASURES,
+)
 MEASURES: dict[str, Measure] = {entry.name: entry for group in GROUPS for entry in group}
 
 
@@ -47,14 +70,17 @@ def measure(subject: Subject, requests: Iterable[tuple[Measure, Any]]) -> dict[s
     """Carry out measures; a value that is no finite number becomes None.
 
     Raises:
-        UsageError: A measure needs what the subject does not have.
+        UsageError: A measure needs what the subject does not have, or two of them give a number of one name.
     """
     found: dict[str, float] = {}
     for entry, options in requests:
         if (need := unmet(entry, subject)) is not None:
             what = {"images": "images", "hidden": "a network with named hidden states"}
             raise UsageError(f"measure {entry.name!r} needs {what.get(need, f'a {need} split')}, which is not there")
-        found |= entry.compute(subject, options)
+        numbers = entry.compute(subject, options)
+        if repeated := numbers.keys() & found.keys():
+            raise UsageError(f"measure {entry.name!r} gives {min(repeated)!r} a second time: ask for it once at a time")
+        found |= numbers
     return finite(found)
 
 
