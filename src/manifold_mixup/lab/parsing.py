@@ -141,7 +141,8 @@ def _validate_options(model: type[Options], options: Mapping[str, Any]) -> tuple
     except ValidationError as error:
         wrong = {item["loc"][0] for item in error.errors() if item["loc"]}
         right = {key: value for key, value in options.items() if wrong and key not in wrong}
-        rest, _ = _validate_options(model, right)
+        # what is missing is missing without the wrong ones, too: then nothing can be filled in
+        rest = _validate_options(model, right)[0] if len(right) < len(options) else dict(options)
         return rest, explain(error, model)
 
 

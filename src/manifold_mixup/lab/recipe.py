@@ -119,8 +119,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Overrides) -> None:
         tree["methods"] = [m for m in tree["methods"] if {m.get("label"), m.get("name")} & set(overrides.keep)]
     for kind, text in (("data", overrides.data), ("model", overrides.model)):
         if text is not None:
-            lookup = _data_value if kind == "data" else _model_value
-            part, old = parse_component(text, f"--{kind}", lookup), tree.get(kind)
+            part, old = parse_data(text) if kind == "data" else parse_model(text), tree.get(kind)
             if isinstance(old, dict) and old.get("name") == part["name"]:
                 part["options"] = {**old.get("options", {}), **part["options"]}
             tree[kind] = part
@@ -215,7 +214,7 @@ def parse_component(
         raise UsageError(f"{flag} {text!r} should read name or name:key=value,key=value")
     option = positional(part["name"])
     if option is not None and items and not re.match(r"\s*\w+\s*=", items[0]):
-        part["options"][option] = _absolute(items.pop(0))
+        part["options"][option] = items.pop(0)
     for item in items:
         key, equals, value = item.partition("=")
         key = key.strip()
@@ -236,13 +235,22 @@ def parse_data(text: str) -> dict[str, Any]:
     Raises:
         UsageError: It does not read like a data set with options.
     """
-    return parse_component(text, "--data", _data_value)
+    part = parse_component(text, "--data", _data_value)
+    option = _data_value(part["name"])
+    if isinstance(value := part["options"].get(option), str):
+        path = Path(value).expanduser()
+        if path.exists():  # in full, since a run is looked at from other folders too
+            part["options"][option] = str(path.absolute())
+    return part
 
 
-def _absolute(value: str) -> str:
-    """A path that exists in full, since a run is looked at from other folders too; anything else as it is."""
-    path = Path(value).expanduser()
-    return str(path.absolute()) if path.exists() else value
+def parse_model(text: str) -> dict[str, Any]:
+    """Read ``--model``.
+
+    Raises:
+        UsageError: It does not read like a network with options.
+    """
+    return parse_component(text, "--model", _model_value)
 
 
 def parse_seeds(text: str) -> list[int]:

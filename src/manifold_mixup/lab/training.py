@@ -261,7 +261,8 @@ class _Loop:
         """One step of the optimiser."""
         if not self.model.training:
             self.model.train()
-        x, y = self.transform(*self.next_batch())
+        with self.fabric.autocast():  # a method may have a network of its own
+            x, y = self.transform(*self.next_batch())
         self.stepper.zero_grad()
         loss = self.method.loss(self.criterion, self.forward(x), y)
         self.fabric.backward(loss)

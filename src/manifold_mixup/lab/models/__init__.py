@@ -8,12 +8,22 @@ from typing import Any
 from torch import nn
 
 from manifold_mixup.lab.errors import UnknownName
-from manifold_mixup.lab.models import mlp, preact_resnet, spiral_net
+from manifold_mixup.lab.models import libraries, mlp, mnist_nets, preact_resnet, spiral_net, wide_resnet
 from manifold_mixup.lab.models.base import ModelEntry
 
 __all__ = ["MODELS", "ModelEntry", "build_model", "get_model", "hidden_layers"]
 
-MODELS: dict[str, ModelEntry] = {entry.name: entry for entry in (spiral_net.MODEL, mlp.MODEL, preact_resnet.MODEL)}
+MODELS: dict[str, ModelEntry] = {
+    entry.name: entry
+    for entry in (
+        spiral_net.MODEL,
+        mlp.MODEL,
+        mnist_nets.MODEL,
+        *preact_resnet.MODELS,
+        *wide_resnet.MODELS,
+        *libraries.MODELS,
+    )
+}
 
 
 def get_model(name: str) -> ModelEntry:
@@ -38,7 +48,8 @@ def build_model(name: str, options: Mapping[str, Any], shape: tuple[int, ...], c
 
     Raises:
         UnknownName: There is no such network.
-        UsageError: The network cannot read examples of this shape.
+        UsageError: The network cannot read examples of this shape, or cannot be built with these options.
+        MissingExtra: The library that has the network is not installed.
         pydantic.ValidationError: The options are not the network's.
     """
     entry = get_model(name)

@@ -24,6 +24,7 @@ class ModelEntry:
         build: From options, the shape of one example and the number of classes to a network with freshly drawn weights
             (from torch's global generator, which a run seeds).
         hidden: From options to the names of the modules whose outputs are the hidden states, first to last.
+        example: Shape of the examples that it was made for; None if it reads any.
         positional: The option that ``name:VALUE`` on the command line sets, as in ``timm:resnet18``; or None.
     """
 
@@ -33,3 +34,4 @@ class ModelEntry:
     build: Callable[[Any, tuple[int, ...], int], nn.Module]
     hidden: Callable[[Any], list[str]]
     positional: str | None = None
+    example: tuple[int, ...] | None = None

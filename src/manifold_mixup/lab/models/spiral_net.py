@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 from pydantic import Field
 from torch import Tensor, nn
 
 from manifold_mixup.lab.errors import UsageError
 from manifold_mixup.lab.models.base import ModelEntry
-from manifold_mixup.lab.models.blocks import dense, numbered
+from manifold_mixup.lab.models.blocks import BottleneckNet
 from manifold_mixup.lab.options import Options
 
 __all__ = ["MODEL", "SpiralNet", "SpiralNetOptions"]
+
+BEFORE, CODE, AFTER = 4, 2, 3
 
 
 class SpiralNetOptions(Options):
@@ -26,7 +26,7 @@ class SpiralNetOptions(Options):
     batch_norm: bool = Field(default=False, description="batch norm after every linear layer except the last")
 
 
-class SpiralNet(nn.Module):
+class SpiralNet(BottleneckNet):
     """Layers 1 to 4, the bottleneck (layer 5), layers 6 to 8, and the head (layer 9), leaky ReLU between them.
 
     ``bottleneck`` returns the two-dimensional code: no activation follows it, as the published figure shows negative
@@ -39,32 +39,21 @@ class SpiralNet(nn.Module):
     """
 
     def __init__(self, options: SpiralNetOptions, inputs: int, classes: int) -> None:
-        super().__init__()
-
-        def block(n_in: int) -> nn.Sequential:
-            return dense(
-                n_in,
-                options.width,
-                activation=nn.LeakyReLU(),
-                batch_norm=options.batch_norm,
-                dropout=options.dropout,
-            )
-
-        width = options.width
+        super().__init__(
+            inputs,
+            classes,
+            units=options.width,
+            code=CODE,
+            before=BEFORE,
+            after=AFTER,
+            batch_norm=options.batch_norm,
+            dropout=options.dropout,
+        )
         self.input_scale = options.input_scale
-        self.encoder = numbered([block(inputs), *(block(width) for _ in range(3))], first=1)
-        code: OrderedDict[str, nn.Module] = OrderedDict(linear=nn.Linear(width, 2))
-        if options.batch_norm:
-            code["norm"] = nn.BatchNorm1d(2)
-        self.bottleneck = nn.Sequential(code)
-        self.decoder = numbered([block(2), *(block(width) for _ in range(2))], first=6)
-        self.head = nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """From points ``(n, inputs)`` to logits ``(n, classes)``."""
-        code = self.bottleneck(self.encoder(x * self.input_scale))
-        logits: Tensor = self.head(self.decoder(code))
-        return logits
+        return super().forward(x * self.input_scale)
 
 
 def build(options: SpiralNetOptions, shape: tuple[int, ...], classes: int) -> nn.Module:
@@ -79,9 +68,5 @@ MODEL = ModelEntry(
     title="nine fully connected layers with a two-dimensional bottleneck in the middle, leaky ReLU",
     options=SpiralNetOptions,
     build=build,
-    hidden=lambda options: [
-        *(f"encoder.{i}" for i in range(1, 5)),
-        "bottleneck",
-        *(f"decoder.{i}" for i in range(6, 9)),
-    ],
+    hidden=lambda options: BottleneckNet.hidden(BEFORE, AFTER),
 )

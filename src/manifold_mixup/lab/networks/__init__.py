@@ -36,6 +36,7 @@ SOURCES: dict[str, Builder] = {
     "torchvision": vision.build_torchvision,
     "hf": huggingface.build,
 }
+OWN = [name for name, entry in MODELS.items() if entry.positional is None]  # the others are libraries', as above
 LARGEST = 1_000_000_000  # parameters: 4 GB
 
 
@@ -82,13 +83,13 @@ def _source(text: str) -> tuple[Builder, str, dict[str, object]]:
     if source in SOURCES and rest:
         part = parse_component(rest, "NETWORK")
         return SOURCES[source], part["name"], part["options"]
-    if source in MODELS:
+    if source in OWN:
         part = parse_component(text, "NETWORK")
         return own.build, part["name"], part["options"]
     forms = "timm:NAME, torchvision:NAME, hf:CLASS, FILE.py:FACTORY or the name of one of the lab's own"
-    near = get_close_matches(source, [*SOURCES, *MODELS], n=1, cutoff=0.7)
+    near = get_close_matches(source, [*SOURCES, *OWN], n=1, cutoff=0.7)
     hint = f"did you mean {near[0]!r}?" if near else f"a network of timm, for example, is timm:{text.split(':')[-1]}"
-    raise UsageError(f"unknown network {text!r}: it should read {forms} ({', '.join(MODELS)}); {hint}")
+    raise UsageError(f"unknown network {text!r}: it should read {forms} ({', '.join(OWN)}); {hint}")
 
 
 @contextlib.contextmanager

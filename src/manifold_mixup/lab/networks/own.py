@@ -15,7 +15,9 @@ __all__ = ["build"]
 
 
 def build(request: Request) -> Network:
-    """A registered network; without ``--input`` for the first of the lab's data sets that it can read.
+    """A registered network; without ``--input`` for what it was made for, or else the first data set that it can read.
+
+    Data sets whose shape only the data themselves can say, such as folders of images, are passed over.
 
     Raises:
         UsageError: Wrong options, or examples that the network cannot read.
@@ -24,15 +26,19 @@ def build(request: Request) -> Network:
         options = get_model(request.name).options.model_validate(request.options).model_dump()
     except ValidationError as error:
         raise UsageError(f"{request.text!r}: {'; '.join(explain(error, get_model(request.name).options))}") from error
-    if request.inputs:
-        inputs = request.inputs[0]
-        return Network(build_model(request.name, options, inputs.shape, 10), *examples(request.inputs))
+    made_for = get_model(request.name).example
+    if request.inputs or made_for:
+        shape = request.inputs[0].shape if request.inputs else made_for
+        assert shape is not None
+        return Network(build_model(request.name, options, shape, 10), *examples(request.inputs, Input(shape)))
     refused: UsageError | None = None
-    for dataset in DATASETS.values():
+    for info in (dataset.info for dataset in DATASETS.values()):
+        if not info.shape or not info.classes:
+            continue
         try:
-            model = build_model(request.name, options, dataset.info.shape, len(dataset.info.classes))
+            model = build_model(request.name, options, info.shape, len(info.classes))
         except UsageError as error:
             refused = error
         else:
-            return Network(model, *examples((), Input(dataset.info.shape)))
+            return Network(model, *examples((), Input(info.shape)))
     raise UsageError(f"{refused}; give the shape of one example with --input")
