@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from manifold_mixup.lab.data import digits, spiral
+from manifold_mixup.lab.data import cifar, digits, mnist, spiral, svhn
 from manifold_mixup.lab.data.base import DataInfo, Dataset, DataSplits, Examples, Pixels, Places, Report
 from manifold_mixup.lab.errors import UnknownName
 
@@ -25,7 +25,19 @@ __all__ = [
     "prepare_data",
 ]
 
-DATASETS: dict[str, Dataset] = {entry.info.name: entry for entry in (spiral.DATASET, digits.DATASET)}
+DATASETS: dict[str, Dataset] = {
+    entry.info.name: entry
+    for entry in (
+        spiral.DATASET,
+        digits.DATASET,
+        mnist.MNIST,
+        mnist.FASHION_MNIST,
+        cifar.CIFAR10,
+        cifar.CIFAR100,
+        cifar.CIFAR10_1,
+        svhn.DATASET,
+    )
+}
 
 
 def get_dataset(name: str) -> Dataset:
