@@ -127,6 +127,8 @@ def test_right_angles_and_mirrors_move_pixels_without_loss(side, interpolation):
     torch.testing.assert_close(mirrored, x.flip(3), rtol=0, atol=1e-6)
     same = deform(x, zoom(torch.tensor([100.0], dtype=torch.float64)), interpolation=interpolation)
     assert torch.equal(same, x)
+    almost = deform(x, zoom(torch.tensor([100 + 1e-8], dtype=torch.float64)), interpolation=interpolation)
+    torch.testing.assert_close(almost, x, rtol=0, atol=1e-6)  # rounding errors do not blacken the edge
 
 
 def test_zooming_in_shows_a_centred_box_and_out_pads():
@@ -211,7 +213,9 @@ def test_every_network_and_run_is_shown_the_same_images_and_every_image_another_
     assert 19.5 < float(angles.max()) <= 20
     assert abs(float(angles.mean())) < 1
     assert float(angles.square().mean()) == pytest.approx(400 / 3, rel=0.1)
-    assert not torch.equal(drawn_angles, dict(requested(DeformationsOptions(shear=[20]), 2000))["shear_20"])
+    shears = dict(requested(DeformationsOptions(shear=[20]), 2000))["shear_20"]
+    sines = torch.stack([drawn_angles[:, 0, 1], shears[:, 0, 1]])
+    assert abs(float(torch.corrcoef(sines)[0, 1])) < 0.1  # kinds have draws of their own
 
 
 def test_bilinear_pixels_are_not_rounded_and_padding_is_black_or_the_mean_colour():

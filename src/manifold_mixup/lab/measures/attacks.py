@@ -14,17 +14,18 @@ Both attacks know the network and the true class, and raise the loss of the true
     gradient, each cut to the box of half-width ε = E/255 and to valid pixels. What counts is where it ends; with
     several restarts the network has to be right at the end of each.
 
-A network in evaluation mode is attacked. A pixel whose gradient is 0 does not change. The loss is taken in float64, as
-probabilities that round to 1 have no gradients.
+A network in evaluation mode is attacked. A pixel whose gradient is 0 or no number does not change. With the
+cross-entropy it is the log-odds against the true class that are raised: their gradient has the same direction, but does
+not vanish where the network is so sure that its probability rounds to 1.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, PlainValidator
 from torch import Tensor
 
@@ -80,7 +81,7 @@ class PgdOptions(AttackOptions):
 
 
 def loss_gradient(subject: Subject, x: Tensor, y: Tensor, loss: Loss = "cross-entropy") -> Tensor:
-    """The gradient of each example's own loss with respect to its pixels, as a new tensor on the device of ``x``.
+    """The gradient of each example's loss with respect to its pixels, up to a positive factor for each example.
 
     The network runs in evaluation mode. Gradients of its parameters are neither computed nor touched.
 
@@ -91,14 +92,16 @@ def loss_gradient(subject: Subject, x: Tensor, y: Tensor, loss: Loss = "cross-en
         loss: Which loss.
 
     Returns:
-        Of the shape and dtype of ``x``; 0 where the output does not depend on the input.
+        Of the shape and dtype of ``x``, without a graph: for the cross-entropy its gradient divided by the probability
+        that the network leaves to the other classes; 0 where the output does not depend on the input.
     """
     with evaluation_mode(subject.model), torch.enable_grad():
         x = x.detach().clone().requires_grad_()
         logits = subject.model(subject.prepare(x)).double()
         # sums, not means: the gradient of one example must not depend on how many are in its batch
         if loss == "cross-entropy":
-            value = F.cross_entropy(logits, y, reduction="sum")
+            own = y[:, None]
+            value = (logits.scatter(1, own, -math.inf).logsumexp(dim=1) - logits.gather(1, own).squeeze(1)).sum()
         else:
             value = bce_softmax(logits, y) * len(x)
         if not value.requires_grad:
