@@ -1,8 +1,10 @@
 import io
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
+from rich.progress import TimeRemainingColumn
 
 from lab.small import one_run
 from manifold_mixup.lab import display
@@ -127,3 +129,13 @@ def test_progress_is_silent_where_nobody_looks_but_failures_are_said(capsys):
         with display.Bars(runs) as bars:
             bars.ended(run, Failure("e", "[b]none", 0, why))
         assert capsys.readouterr() == ("", said)
+
+
+def test_a_bar_tells_images_per_second_and_the_time_that_is_left():
+    column = display._ExamplesPerSecond()
+    assert column.render(SimpleNamespace(speed=12.5, fields={"batch": 100})).plain == "1,250/s"
+    for nothing in (SimpleNamespace(speed=None, fields={"batch": 100}), SimpleNamespace(speed=3.0, fields={})):
+        assert column.render(nothing).plain == ""
+    columns = display.Bars(1)._progress.columns
+    assert any(isinstance(c, display._ExamplesPerSecond) for c in columns)
+    assert any(isinstance(c, TimeRemainingColumn) for c in columns)

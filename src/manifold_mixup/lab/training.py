@@ -250,12 +250,17 @@ class _Loop:
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """Inputs and labels for this device, which sees its share of a batch that is the same on however many."""
-        rank, world, device = self.fabric.global_rank, self.fabric.world_size, self.fabric.device
-        rows = self.batches.draw().view(world, -1)[rank].to(device)
+        rank, world = self.fabric.global_rank, self.fabric.world_size
+        rows = self.send(self.batches.draw().view(world, -1)[rank])
         if self.augmentation is None:
             return self.train.x[rows], self.train.y[rows]
-        draws = self.augmentation.draw(self.batches.size).view(3, world, -1)[:, rank].to(device)
+        draws = self.send(self.augmentation.draw(self.batches.size).view(3, world, -1)[:, rank])
         return self.augmentation.batch(rows, draws), self.train.y[rows]
+
+    def send(self, drawn: Tensor) -> Tensor:
+        """Numbers that were drawn on the CPU, on the device, without waiting for it."""
+        device = self.fabric.device
+        return drawn.contiguous().pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)
 
     def update(self) -> None:
         """One step of the optimiser."""
