@@ -260,7 +260,9 @@ class _Loop:
     def send(self, drawn: Tensor) -> Tensor:
         """Numbers that were drawn on the CPU, on the device, without waiting for it."""
         device = self.fabric.device
-        return drawn.contiguous().pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)
+        if device.type == "cuda":
+            return drawn.contiguous().pin_memory().to(device, non_blocking=True)
+        return drawn.to(device)
 
     def update(self) -> None:
         """One step of the optimiser."""
