@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from manifold_mixup import errors
+from manifold_mixup.lab.data import DATASETS
+from manifold_mixup.lab.measures.catalog import OWN
+from manifold_mixup.lab.measures.registry import MEASURES
 from support_docs import ROOT, blocks, run, shell_problems
 
 DOCS = ROOT / "docs"
@@ -61,6 +64,27 @@ def test_the_guide_shows_every_error():
     page = DOCS / "guides" / "errors.md"
     shown = set(re.findall(r"^(\w+): ", "\n".join(b.content for b in blocks(page, "text")), re.MULTILINE))
     assert shown >= set(errors.__all__) - {"ManifoldMixupError"}
+
+
+def named(page: str) -> set[str]:
+    """What a guide sets in code type, word by word."""
+    return set(re.findall(r"`([^`\s]+)`", (DOCS / "guides" / page).read_text(encoding="utf-8")))
+
+
+def test_the_guide_names_every_data_set():
+    assert set(DATASETS) - named("data.md") == set()
+
+
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=lambda measure: measure.name)
+def test_the_guide_names_every_measure_and_all_its_numbers(measure):
+    page = (DOCS / "guides" / "measures.md").read_text(encoding="utf-8")
+    assert re.search(rf"^##+ {measure.name}$", page, re.MULTILINE), "it has no section"
+    numbers = named("measures.md")
+    assert [pattern for pattern in measure.metrics if not any(re.fullmatch(pattern, n) for n in numbers)] == []
+
+
+def test_the_guide_names_the_numbers_of_the_spiral():
+    assert set(OWN) - named("measures.md") == set()
 
 
 # ------------------------------------------------------------------ the site

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from manifold_mixup.lab.data import cifar, digits, mnist, spiral, svhn
+from manifold_mixup.lab.data import cifar, digits, folder, hub, mnist, spiral, svhn, tiny_imagenet
 from manifold_mixup.lab.data.base import DataInfo, Dataset, DataSplits, Examples, Pixels, Places, Report
 from manifold_mixup.lab.errors import UnknownName
 
@@ -36,6 +36,9 @@ DATASETS: dict[str, Dataset] = {
         cifar.CIFAR100,
         cifar.CIFAR10_1,
         svhn.DATASET,
+        tiny_imagenet.DATASET,
+        folder.DATASET,
+        hub.DATASET,
     )
 }
 

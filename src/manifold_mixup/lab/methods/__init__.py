@@ -6,13 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from manifold_mixup.lab.errors import UnknownName
+from manifold_mixup.lab.methods.adamixup import AdaMixUp
 from manifold_mixup.lab.methods.base import BatchTransform, Method
 from manifold_mixup.lab.methods.batch_norm import BatchNorm
+from manifold_mixup.lab.methods.cutmix import CutMix
+from manifold_mixup.lab.methods.cutout import Cutout
 from manifold_mixup.lab.methods.dropout import Dropout
 from manifold_mixup.lab.methods.hidden_noise import HiddenNoise
 from manifold_mixup.lab.methods.input_mixup import InputMixup
 from manifold_mixup.lab.methods.input_noise import InputNoise
+from manifold_mixup.lab.methods.label_smoothing import LabelSmoothing
+from manifold_mixup.lab.methods.last_layer_mixup import LastLayerMixup
 from manifold_mixup.lab.methods.manifold_mixup import ManifoldMixupMethod
+from manifold_mixup.lab.methods.noisy_feature_mixup import NoisyFeatureMixup
 from manifold_mixup.lab.methods.none import Plain
 from manifold_mixup.lab.methods.weight_decay import WeightDecay
 
@@ -24,6 +30,12 @@ METHODS: dict[str, type[Method[Any]]] = {
         Plain,
         InputMixup,
         ManifoldMixupMethod,
+        LastLayerMixup,
+        NoisyFeatureMixup,
+        AdaMixUp,
+        CutMix,
+        Cutout,
+        LabelSmoothing,
         HiddenNoise,
         InputNoise,
         Dropout,

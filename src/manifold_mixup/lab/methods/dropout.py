@@ -1,4 +1,7 @@
-"""Dropout, a control of the paper's Figure 2: half of the units, in all layers except the bottleneck."""
+"""Dropout, a control of the paper's Figure 2: half of the units, in all layers except the bottleneck.
+
+In residual networks it lies inside the blocks, before the last convolution of each.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +24,14 @@ class DropoutOptions(Options):
 
 
 class Dropout(Method[DropoutOptions]):
-    """Build the network with dropout.
+    """Build the network with dropout; one without that option is refused.
 
     The masks come from torch's global generator, the only one that ``nn.Dropout`` can use; a run seeds it, saves it in
     its checkpoints and restores it for whoever runs in the same process.
     """
 
     name = "dropout"
-    title = "dropout in all layers except a bottleneck"
+    title = "dropout, where the network has it"
     source = "Verma et al. 2019, Figure 2; Srivastava et al. 2014"
     Options = DropoutOptions
 

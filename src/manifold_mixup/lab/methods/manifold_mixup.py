@@ -12,21 +12,27 @@ from torch import nn
 from manifold_mixup.lab.methods.base import BatchTransform, LayerNames, Method, unknown_layers
 from manifold_mixup.lab.options import Options
 from manifold_mixup.mixup import ManifoldMixup
+from manifold_mixup.validation import Layers
 
-__all__ = ["ManifoldMixupMethod", "ManifoldMixupOptions", "MixingMethod", "MixingOptions"]
+__all__ = ["ManifoldMixupMethod", "ManifoldMixupOptions", "MixerOptions", "MixingMethod", "MixingOptions"]
 
 
-class MixingOptions(Options):
-    """What input mixup and Manifold Mixup have in common."""
+class MixerOptions(Options):
+    """What all methods with the core's mixer have in common."""
 
     alpha: float = Field(
         default=2.0, ge=0, description="the mixing weight follows Beta(alpha, alpha); 0 switches mixing off"
     )
+    pairing: Literal["random", "halves", "two-batches"] = Field(default="random", description="how partners are found")
+    probability: float = Field(default=1.0, ge=0, le=1, description="share of the batches that are mixed")
+
+
+class MixingOptions(MixerOptions):
+    """The same with draws for every pair."""
+
     per: Literal["batch", "example"] = Field(
         default="batch", description="one draw for the whole batch or one for every pair"
     )
-    pairing: Literal["random", "halves", "two-batches"] = Field(default="random", description="how partners are found")
-    probability: float = Field(default=1.0, ge=0, le=1, description="share of the batches that are mixed")
 
 
 class ManifoldMixupOptions(MixingOptions):
@@ -35,14 +41,14 @@ class ManifoldMixupOptions(MixingOptions):
     layers: LayerNames = Field(default="auto", description="where to mix: 'auto', or names of modules and 'input'")
 
 
-class MixingMethod(Method[MixingOptions], ABC):
+class MixingMethod(Method[MixerOptions], ABC):
     """The core's mixer, seen as a method of the lab."""
 
     _mixup: ManifoldMixup | None = None
 
     @abstractmethod
-    def layers(self) -> str | list[str]:
-        """The eligible set S, or ``"auto"``."""
+    def layers(self) -> Layers:
+        """The eligible set S, as the mixer takes it."""
 
     def attach(self, model: nn.Module, hidden: Sequence[str], seed: int) -> BatchTransform:
         """Attach the mixer; it has the shape of a batch transform already."""
@@ -51,7 +57,7 @@ class MixingMethod(Method[MixingOptions], ABC):
             model,
             alpha=options.alpha,
             layers=self.layers(),
-            per=options.per,
+            per=options.per if isinstance(options, MixingOptions) else "batch",
             pairing=options.pairing,
             probability=options.probability,
             seed=seed,

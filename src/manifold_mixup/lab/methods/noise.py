@@ -5,34 +5,33 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from manifold_mixup.lab.methods.base import Method, OptionsT
+from manifold_mixup.lab.methods.generators import DeviceGenerators, normal_like
 
 __all__ = ["NoiseMethod"]
 
 
 class NoiseMethod(Method[OptionsT]):
-    """A method that adds Gaussian noise from its own generator."""
+    """A method that adds Gaussian noise from its own generator, drawn on the device of what it is added to."""
 
-    _generator: torch.Generator | None = None
+    _generators: DeviceGenerators | None = None
 
     def seed_noise(self, seed: int) -> None:
         """Start the stream of noise."""
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generators = DeviceGenerators(seed)
 
     def add_noise(self, value: Tensor, sd: float) -> Tensor:
         """``value`` plus noise of standard deviation ``sd``, in the dtype of ``value``."""
-        # drawn on the CPU, so that a run on another device sees the same noise
-        noise = torch.randn(value.shape, generator=self._generator, dtype=torch.float32)
-        return value + sd * noise.to(device=value.device, dtype=value.dtype)
+        assert self._generators is not None, "seed_noise() comes first"
+        return value + sd * normal_like(value, self._generators).to(value.dtype)
 
     def state_dict(self) -> dict[str, Any]:
-        """The generator's state."""
-        return {} if self._generator is None else {"generator": self._generator.get_state()}
+        """The state of the noise."""
+        return {} if self._generators is None else {"noise": self._generators.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state."""
-        if self._generator is not None:
-            self._generator.set_state(state["generator"])
+        if self._generators is not None:
+            self._generators.load_state_dict(state["noise"])
