@@ -93,6 +93,26 @@ def test_somebody_elses_folder_is_measured_by_the_names_of_its_classes(trained, 
     assert "classes that the network was not trained on: 'azure'" in err
 
 
+def test_examples_that_the_run_has_seen_are_counted(trained, photos, capsys):
+    code, out, err = call(
+        capsys, "evaluate", trained / "none/seed-0", "--data", f"folder:{photos}", "--json", "--threads", 1
+    )
+    assert code == 0, err
+    assert json.loads(out)["notes"] == ["the run was trained or validated on 24 of these 30 examples"]
+
+
+def test_numbers_in_a_file_are_given_a_network_for_numbers(tmp_path, capsys):
+    lines = [f"{i % 2}.5,{i},{i * i},{'ab'[i % 2]}" for i in range(40)]
+    (tmp_path / "points.csv").write_text("\n".join(["one,two,three,kind", *lines]) + "\n")
+    data = f"hf:{tmp_path / 'points.csv'},label_column=kind,feature_columns=one+two"
+    code, _, err = call(
+        *(capsys, "train", "--data", data, "--steps", 2, "--set", "train.batch_size=6", "--runs", tmp_path, "--quiet"),
+    )
+    assert code == 0, err
+    record = json.loads((tmp_path / "train/manifold_mixup/seed-0/record.json").read_text())
+    assert record["model"] == "mlp"
+
+
 def test_a_network_of_a_library_trains_on_it(photos, tmp_path, capsys):
     code, _, err = call(
         *(capsys, "train", "--data", f"folder:{photos}", "--model", "timm:test_resnet", "--steps", 2, "--quiet"),

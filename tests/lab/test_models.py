@@ -459,16 +459,16 @@ def test_a_mixer_finds_the_papers_layers_in_training(name):
 
 
 def test_a_look_at_a_network_passes_over_data_whose_shape_nobody_knows_yet(monkeypatch):
-    plain = build_network("preact_resnet18:width=0.1")
+    plain = build_network("preact_resnet8:width=4")
     (first, digits) = (DATASETS["spiral"], DATASETS["digits"])
     unknown = dataclasses.replace(first, info=dataclasses.replace(first.info, shape=(), classes=()))
     monkeypatch.setattr(own, "DATASETS", {"folder": unknown, "spiral": first, "digits": digits})
-    network = build_network("preact_resnet18:width=0.1")
+    network = build_network("preact_resnet8:width=4")
     assert network.args[0].shape == plain.args[0].shape == (2, 1, 8, 8)
     assert build_network("mlp:width=3").args[0].shape == (2, 2)
     monkeypatch.setattr(own, "DATASETS", {"folder": unknown, "spiral": first})
-    with pytest.raises(UsageError, match="'preact_resnet18' reads images.*give the shape of one example with --input"):
-        build_network("preact_resnet18")
+    with pytest.raises(UsageError, match="'preact_resnet8' reads images.*give the shape of one example with --input"):
+        build_network("preact_resnet8")
 
 
 # ------------------------------------------------------------------ errors

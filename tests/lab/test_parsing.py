@@ -201,14 +201,14 @@ def other_value(field):
     value, kinds = field.default, [field.annotation, *get_args(field.annotation)]
     if isinstance(value, bool):
         return not value
-    if isinstance(value, float):
-        return value / 2 or 0.5
-    if isinstance(value, int):
-        return value - 1 if value > 1 else 2
     choices = [choice for kind in kinds for choice in get_args(kind)] if Literal in map(get_origin, kinds) else []
     for choice in choices:
         if choice != value:
             return choice
+    if isinstance(value, float):
+        return value / 2 or 0.5
+    if isinstance(value, int):
+        return value - 1 if value > 1 else 2
     if value in ("auto", "all"):
         return ["head"]
     for kind, example in ((int, 7), (float, 0.5), (bool, True), (str, "x")):

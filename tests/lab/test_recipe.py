@@ -7,7 +7,6 @@ import pytest
 from manifold_mixup.lab import parsing
 from manifold_mixup.lab.data import DATASETS
 from manifold_mixup.lab.errors import RecipeError, StorageError, UnknownName, UsageError
-from manifold_mixup.lab.methods import METHODS
 from manifold_mixup.lab.options import Options
 from manifold_mixup.lab.recipe import (
     RECIPES,

@@ -311,7 +311,8 @@ def evaluate(
 
     Example: [bold]manifold-mixup evaluate runs/train/manifold_mixup/seed-0 --measures fgsm,deformations[/bold]
 
-    Example: [bold]manifold-mixup evaluate runs/train --data folder:photos --weights best -m knn:layer=features[/bold]
+    Example: [bold]manifold-mixup evaluate runs/train --data folder:photos_of_others --weights best
+    -m knn:layer=features[/bold]
     """
     import os
 

@@ -125,6 +125,8 @@ def evaluate_run(
     parts = _own_parts(run, info, places, notes, needed=data is None)
     if data is not None:
         parts["test"] = _foreign(data, info, by_order, places or Places())
+        if seen := _seen(parts):
+            notes.append(f"the run was trained or validated on {seen} of these {len(parts['test'])} examples")
     with torch.random.fork_rng(devices=[]):
         model, hidden = fresh_model(run, info)
     try:
@@ -214,6 +216,17 @@ def _own_parts(
         notes.append(f"without the run's own data ({error})")
         return {}
     return {"train": splits.train, "validation": splits.validation, "test": splits.hand_out_test()}
+
+
+def _seen(parts: Mapping[str, Examples]) -> int:
+    """How many of the test examples are, to the last bit, among those that the run learned from or was chosen by."""
+
+    def rows(part: str) -> list[int]:
+        x = parts[part].x.flatten(1).contiguous() if part in parts else torch.empty(0, 1)
+        return [hash(row.tobytes()) for row in x.numpy()]
+
+    known = {*rows("train"), *rows("validation")}
+    return sum(row in known for row in rows("test"))
 
 
 def _foreign(data: Component, own: DataInfo, by_order: bool, places: Places) -> Examples:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 import shlex
@@ -11,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from manifold_mixup.lab.config import ExperimentConfig
-from manifold_mixup.lab.data import DATASETS, Places
-from manifold_mixup.lab.errors import RecipeError, StorageError, UnknownName, UsageError
+from manifold_mixup.lab.data import DATASETS, Places, describe_data
+from manifold_mixup.lab.errors import LabError, RecipeError, StorageError, UnknownName, UsageError
 from manifold_mixup.lab.models import MODELS
 from manifold_mixup.lab.parsing import parse_config
 
@@ -304,9 +307,7 @@ def without_recipe(overrides: Overrides, *, name: str | None = None, places: Pla
     Raises:
         RecipeError: With all mistakes at once.
     """
-    data = parse_data(overrides.data or "digits")
-    known = DATASETS.get(data["name"])
-    images = known is not None and (known.info.pixels is not None or not known.info.shape)
+    images = _are_images(parse_data(overrides.data or "digits"), places)
     tree = copy.deepcopy({"data": {"name": "digits"}, "seeds": [0, 1, 2], **(IMAGES if images else OTHER)})
     tree["methods"] = [{"name": method} for method in METHODS]
     apply_overrides(tree, overrides)
@@ -315,6 +316,17 @@ def without_recipe(overrides: Overrides, *, name: str | None = None, places: Pla
         name = "-".join([tree["data"]["name"], tree["model"]["name"], *parts])
     tree["name"] = re.sub(r"[^\w.-]+", "-", name)
     return parse_config(tree, "command line", places)
+
+
+def _are_images(data: Mapping[str, Any], places: Places | None) -> bool:
+    """Whether data are images; what is wrong with them is for the validation to say."""
+    if data["name"] not in DATASETS:
+        return False
+    info = DATASETS[data["name"]].info
+    if not info.shape:  # only the data themselves can say
+        with contextlib.suppress(LabError, ValidationError):
+            info = describe_data(data["name"], data["options"], places)
+    return info.pixels is not None
 
 
 def _values(part: Mapping[str, Any]) -> list[Any]:

@@ -133,8 +133,8 @@ def test_k_is_chosen_on_the_validation_split_and_judged_on_the_test_split():
     assert found["knn_k"] == best
     assert found["knn_error"] == found[f"knn_error_{best}"]
     assert set(found) == {"knn_error_1", "knn_error_5", "knn_error_20", "knn_error", "knn_k"}
-    assert all(MEASURES["neighbours"].describe(name) for name in found)
-    assert MEASURES["neighbours"].describe("knn_error_5").title == "k-NN error, k = 5"
+    assert all(MEASURES["knn"].describe(name) for name in found)
+    assert MEASURES["knn"].describe("knn_error_5").title == "k-NN error, k = 5"
 
 
 def test_of_equally_good_k_the_smallest_is_chosen_and_without_validation_none():
@@ -182,7 +182,7 @@ def test_references_are_drawn_from_the_seed():
 def test_without_training_examples_there_is_nothing_to_look_among():
     with pytest.raises(UsageError, match="no train examples"):
         compute(subject(Given(), test=(torch.zeros(2, 1), [0, 1])), NeighboursOptions(layer="state"))
-    assert MEASURES["neighbours"].needs == ("train",)
+    assert MEASURES["knn"].needs == ("train",)
 
 
 @pytest.mark.parametrize(

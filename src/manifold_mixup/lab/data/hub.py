@@ -19,12 +19,12 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from manifold_mixup.lab.data.base import DataInfo, Dataset, DataSplits, Examples, Places, Report
 from manifold_mixup.lab.data.columns import Columns, class_indices, class_names, find_columns, image_sources, numbers
@@ -53,6 +53,11 @@ READERS: Mapping[str, tuple[str, dict[str, Any]]] = {
 VALIDATION = ("validation", "val", "valid", "dev")  # what the split is called
 
 
+def _names(value: Any) -> Any:
+    """Names joined by ``+``, the form of the command line, as a list."""
+    return value.split("+") if isinstance(value, str) else value
+
+
 class HubOptions(PoolOptions):
     """Which table and columns, and how examples are read, divided and varied."""
 
@@ -63,8 +68,8 @@ class HubOptions(PoolOptions):
     test_split: str | None = Field(default=None, description="unset: test, else validation, else test_share of train")
     image_column: str | None = Field(default=None, description="unset: the only column of images")
     label_column: str | None = Field(default=None, description="unset: the only column that can be the label")
-    feature_columns: list[str] | None = Field(
-        default=None, description="columns of numbers, in place of images; unset: all but the label"
+    feature_columns: Annotated[list[str] | None, BeforeValidator(_names)] = Field(
+        default=None, description="columns of numbers, in place of images, joined by +; unset: all but the label"
     )
     standardise: bool = Field(default=True, description="numbers: subtract the training mean, divide by its deviation")
 

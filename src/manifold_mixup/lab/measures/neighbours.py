@@ -160,7 +160,7 @@ def compute(subject: Subject, options: NeighboursOptions) -> dict[str, float]:
 
 MEASURES: tuple[Measure, ...] = (
     Measure(
-        name="neighbours",
+        name="knn",
         title="error of k nearest neighbours on hidden states",
         source="Verma et al. 2019, section 5.1",
         options=NeighboursOptions,
