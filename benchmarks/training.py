@@ -276,7 +276,7 @@ def measure(options: argparse.Namespace, method: str, compiled: bool, peaks: dic
         "quick": options.quick,
         "machine": harness.machine(torch.device(options.device)),
         "versions": {"torch": torch.__version__, "manifold-mixup": __version__, "python": platform.python_version()},
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", *("DIR" if a == str(options.data_dir) else a for a in sys.argv)]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

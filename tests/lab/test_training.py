@@ -9,13 +9,14 @@ from pydantic import ValidationError
 
 from lab.small import DIGITS, SPIRAL, equal, one_run, train, train_images
 from manifold_mixup.lab import storage, training
+from manifold_mixup.lab.batches import Batches
 from manifold_mixup.lab.config import TrainConfig
 from manifold_mixup.lab.data import DataSplits
 from manifold_mixup.lab.errors import ConfigMismatch, CorruptedFile, Diverged, Interrupted, StorageError, UsageError
 from manifold_mixup.lab.methods import METHODS
 from manifold_mixup.lab.records import RunFolder
 from manifold_mixup.lab.run import execute
-from manifold_mixup.lab.training import Batches, Hooks, fit
+from manifold_mixup.lab.training import Hooks, fit
 
 
 def log(folder):

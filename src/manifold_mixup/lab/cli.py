@@ -7,14 +7,37 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from manifold_mixup.lab.flags import (
+    METHOD_HELP,
+    AcceleratorOption,
+    CheckpointOption,
+    DataDirOption,
+    DataOption,
+    DevicesOption,
+    EpochsOption,
+    JobsOption,
+    JsonOption,
+    MethodOption,
+    ModelOption,
+    NodesOption,
+    QuietOption,
+    RunsOption,
+    SeedsOption,
+    SetOption,
+    StepsOption,
+    ThreadsOption,
+    TrainExamplesOption,
+    WidthOption,
+)
+from manifold_mixup.lab.listings import datasets, layers, measures, methods, print_json
 
 if TYPE_CHECKING:
     from manifold_mixup.lab.config import ExperimentConfig
@@ -30,57 +53,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-
-METHOD_HELP = (
-    "A method as [bold]name:key=value,...[/bold]; layer names are joined by +, label=... names it. "
-    "Repeat for several; they replace the recipe's. See [bold]manifold-mixup methods[/bold]."
-)
-
-NETWORK_HELP = (
-    "timm:NAME, torchvision:NAME, hf:CLASS of transformers, FILE.py:FACTORY (a function that returns the module, or "
-    "the module and its inputs), or one of the lab's own such as mlp. Options follow as :key=value,..."
-)
-
-RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the runs; finished ones are not repeated.")]
-SeedsOption = Annotated[str | None, typer.Option("--seeds", help="5 is seeds 0 to 4; 3,4 and 100-104 are these.")]
-StepsOption = Annotated[int | None, typer.Option("--steps", help="Optimiser updates.")]
-MethodOption = Annotated[list[str] | None, typer.Option("--method", "-m", help=METHOD_HELP)]
-DataOption = Annotated[str | None, typer.Option("--data", help="A data set as name or name:key=value,...")]
-ModelOption = Annotated[str | None, typer.Option("--model", help="A network as name or name:key=value,...")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="Any other key, such as train.lr=0.01. Repeatable.")]
-EpochsOption = Annotated[int | None, typer.Option("--epochs", min=1, help="Passes over the training data.")]
-TrainExamplesOption = Annotated[
-    int | None, typer.Option("--train-examples", min=1, help="Train on so many examples, drawn balanced by class.")
-]
-WidthOption = Annotated[
-    float | None, typer.Option("--width", help="The network's width: a factor, or units for those that count them.")
-]
-ThreadsOption = Annotated[
-    int | None,
-    typer.Option(
-        "--threads", min=0, help="CPU threads of one run; 0 is all cores. Their number changes the last bits."
-    ),
-]
-DataDirOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--data-dir", help="A folder that holds published data files; it is only read. Without it they are downloaded."
-    ),
-]
-DevicesOption = Annotated[
-    int, typer.Option("--devices", min=1, help="Devices that share every batch, one process each, on every machine.")
-]
-NodesOption = Annotated[int, typer.Option("--nodes", min=1, help="Machines; start the command on each with torchrun.")]
-AcceleratorOption = Annotated[str, typer.Option("--accelerator", help="auto, cpu, cuda or mps.")]
-JobsOption = Annotated[int, typer.Option("--jobs", "-j", min=0, help="Processes; 0 takes one for every core.")]
-JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object per line on stdout, and nothing else there.")
-]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
-CheckpointOption = Annotated[
-    float,
-    typer.Option("--checkpoint-every", min=0.0, help="Longest time between two checkpoints of a run, in seconds."),
-]
 
 
 def _version(value: bool) -> None:
@@ -268,7 +240,7 @@ def train(
         return
     for record in outcome.records:
         if as_json:
-            _print_json(record.summary())
+            print_json(record.summary())
         else:
             display.console().print(display.single(record))
             typer.echo(f"run: {record.folder}")
@@ -349,143 +321,15 @@ def evaluate(
             )
     if as_json:
         for evaluation in found:
-            _print_json(evaluation.summary())
+            print_json(evaluation.summary())
         return
     display.console().print(display.measured(found))
     for note in dict.fromkeys(f"{evaluation.folder}: {note}" for evaluation in found for note in evaluation.notes):
         typer.echo(note)
 
 
-@app.command()
-def methods(as_json: JsonOption = False) -> None:
-    """List the methods that can be compared, with their options.
-
-    Example: [bold]manifold-mixup methods[/bold]
-    """
-    from manifold_mixup.lab import display
-    from manifold_mixup.lab.methods import METHODS
-
-    if as_json:
-        for m in METHODS.values():
-            _print_json(
-                {"name": m.name, "title": m.title, "source": m.source, "options": m.Options.model_json_schema()}
-            )
-    else:
-        rows = [(m.name, m.title, display.options_text(m.Options), m.source) for m in METHODS.values()]
-        display.console().print(display.listing("methods", ("name", "what it does", "options", "source"), rows))
-
-
-@app.command()
-def measures(as_json: JsonOption = False) -> None:
-    """List what can be measured on a trained network, with options and sources.
-
-    Example: [bold]manifold-mixup measures[/bold]
-    """
-    from manifold_mixup.lab import display
-    from manifold_mixup.lab.measures.registry import MEASURES
-
-    if as_json:
-        for m in MEASURES.values():
-            facts = {"name": m.name, "title": m.title, "source": m.source, "needs": m.needs, "always": m.always}
-            _print_json({**facts, "options": m.options.model_json_schema()})
-    else:
-        rows = [
-            (m.name, f"{m.title}{' (in every record)' * m.always}", display.options_text(m.options), m.source)
-            for m in MEASURES.values()
-        ]
-        display.console().print(display.listing("measures", ("name", "what it is", "options", "source"), rows))
-
-
-@app.command()
-def datasets(data_dir: DataDirOption = None, as_json: JsonOption = False) -> None:
-    """List the data sets, with their size, options, source and terms, and whether their files are at hand.
-
-    Example: [bold]manifold-mixup datasets --data-dir path/to/files[/bold]
-    """
-    from manifold_mixup.lab import display
-    from manifold_mixup.lab.data import DATASETS, Places
-
-    there = {n: None if d.present is None else d.present(Places(data_dir)) for n, d in DATASETS.items()}
-    if as_json:
-        for name, d in DATASETS.items():
-            facts = {**dataclasses.asdict(d.info), "present": there[name]}
-            _print_json({**facts, "options": d.options.model_json_schema()})
-    else:
-        words = {None: "no files needed", True: "files: at hand", False: "files: not here"}
-        rows = [
-            (
-                name,
-                "\n".join([d.info.title, display.size_text(d.info), words[there[name]]]),
-                display.options_text(d.options),
-                f"{d.info.source}; {d.info.terms}",
-            )
-            for name, d in DATASETS.items()
-        ]
-        columns = ("name", "what it is", "options", "source and terms")
-        display.console().print(display.listing("data sets", columns, rows))
-
-
-@app.command()
-def layers(
-    network: Annotated[str, typer.Argument(metavar="NETWORK", help=NETWORK_HELP, show_default=False)],
-    inputs: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--input",
-            help="Shape of one example, without the batch: 3,224,224; 128:int for integers, NAME=128 for an input by "
-            "keyword. Repeat for several. Default: what the network was made for.",
-        ),
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option("--dtype", help="float, int or bool, for inputs that do not say it.")
-    ] = None,
-    layer: Annotated[
-        list[str] | None,
-        typer.Option("--layer", "-l", help="A layer of S, instead of those that layers='auto' takes. Repeat for more."),
-    ] = None,
-    config: Annotated[Path | None, typer.Option("--config", help="A saved config.json, for hf:CLASS.")] = None,
-    everything: Annotated[
-        bool, typer.Option("--all", help="Also every other module call, and why it cannot be mixed.")
-    ] = False,
-    meta: Annotated[
-        bool,
-        typer.Option("--meta", help="Compute nothing and take no memory: for networks too large for this machine."),
-    ] = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-) -> None:
-    """Show where a network may be mixed, and which layers S would hold.
-
-    Weights are drawn at random: none are downloaded, ever, for the answer does not depend on them.
-
-    Example: [bold]manifold-mixup layers timm:resnet50[/bold]
-
-    Example: [bold]manifold-mixup layers timm:resnet50:num_classes=10 --input 3,64,64 -l input -l layer2[/bold]
-
-    Example: [bold]manifold-mixup layers hf:BertForSequenceClassification:num_hidden_layers=4 --input 64[/bold]
-
-    Example: [bold]manifold-mixup layers path/to/net.py:make_net --input 3,32,32 --all[/bold]
-    """
-    from manifold_mixup.lab import display
-    from manifold_mixup.lab.networks import build_network, survey
-
-    with display.working(f"building {network}", quiet=quiet):
-        built = build_network(network, inputs or (), dtype, config, meta=meta)
-    with display.working(f"following the data through {network}", quiet=quiet):
-        found = survey(built, layer or ())
-    if as_json:
-        for entry in found.entries(everything):
-            _print_json(entry)
-        return
-    out = display.console()
-    out.print(display.cut_point_table(f"{network}: where it may be mixed", found.points, found.layers))
-    if everything:
-        rows = [(refusal.name, refusal.reason) for refusal in found.refusals]
-        out.print(display.listing("where it may not", ("layer", "why"), rows))
-    typer.echo(f"examples: {built.described()}")
-    typer.echo(f"layers={json.dumps(found.layers)}" + ("" if layer else ", which is what layers='auto' takes"))
-    for note in found.notes:
-        typer.echo(note)
+for listing in (methods, measures, datasets, layers):
+    app.command()(listing)
 
 
 def _command() -> str:
@@ -526,7 +370,7 @@ def _print_comparison(
         written = write_report(outcome.records, page, title, outcome.failures, description)
         if as_json:
             for record in outcome.records:
-                _print_json(record.summary())
+                print_json(record.summary())
         else:
             out = display.console()
             for config in configs:
@@ -544,10 +388,6 @@ def _raise_failures(outcome: Outcome) -> None:
         total = len(outcome.failures) + len(outcome.records)
         which = f"{first.label}, seed {first.seed}"
         raise RunsFailed(f"{len(outcome.failures)} of {total} runs failed; the first: {which}: {first.error}")
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

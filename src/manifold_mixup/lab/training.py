@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from manifold_mixup.lab import storage, streams
 from manifold_mixup.lab.augmentation import Augmentation
+from manifold_mixup.lab.batches import Batches
 from manifold_mixup.lab.config import TrainConfig
 from manifold_mixup.lab.criterion import make_criterion
 from manifold_mixup.lab.data import Examples, Pixels
@@ -30,7 +31,7 @@ from manifold_mixup.lab.measures.inference import predicted_logits
 from manifold_mixup.lab.methods import Method
 from manifold_mixup.lab.optim import lay_out_like_parameters, make_average, make_optimizer, make_schedule
 
-__all__ = ["Batches", "Fitted", "Hooks", "fit"]
+__all__ = ["Fitted", "Hooks", "fit"]
 
 LONGEST = 60.0  # seconds of work that a power cut may cost
 COST = 20.0  # between two checkpoints lie at least so many times the seconds that writing one takes, up to LONGEST
@@ -70,44 +71,6 @@ class Fitted:
     last: dict[str, Tensor]
     best: dict[str, Tensor] | None
     facts: dict[str, Any]
-
-
-class Batches:
-    """Shuffled batches without end; every pass over the data has a new order, an incomplete last batch is left out.
-
-    Args:
-        examples: Number of training examples.
-        size: Examples per batch; 0 takes all.
-        seed: Seed of the run.
-    """
-
-    def __init__(self, examples: int, size: int, seed: int) -> None:
-        if size > examples:
-            raise UsageError(
-                f"train.batch_size {size} is more than the {examples} training examples; 0 takes all of them"
-            )
-        self.examples, self.size = examples, size or examples
-        self._generator = streams.generator(seed, "batches")
-        self._order = torch.randperm(examples, generator=self._generator)
-        self._next = 0
-
-    def draw(self) -> Tensor:
-        """The next batch: indices of shape ``(size,)``."""
-        if self._next + self.size > self.examples:
-            self._order = torch.randperm(self.examples, generator=self._generator)
-            self._next = 0
-        rows = self._order[self._next : self._next + self.size]
-        self._next += self.size
-        return rows
-
-    def state_dict(self) -> dict[str, Any]:
-        """The generator, the order of the current pass and the place in it."""
-        return {"generator": self._generator.get_state(), "order": self._order, "next": self._next}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state."""
-        self._generator.set_state(state["generator"])
-        self._order, self._next = state["order"], state["next"]
 
 
 def fit(

@@ -1,0 +1,77 @@
+"""The options of the command line that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = [
+    "METHOD_HELP",
+    "AcceleratorOption",
+    "CheckpointOption",
+    "DataDirOption",
+    "DataOption",
+    "DevicesOption",
+    "EpochsOption",
+    "JobsOption",
+    "JsonOption",
+    "MethodOption",
+    "ModelOption",
+    "NodesOption",
+    "QuietOption",
+    "RunsOption",
+    "SeedsOption",
+    "SetOption",
+    "StepsOption",
+    "ThreadsOption",
+    "TrainExamplesOption",
+    "WidthOption",
+]
+
+METHOD_HELP = (
+    "A method as [bold]name:key=value,...[/bold]; layer names are joined by +, label=... names it. "
+    "Repeat for several; they replace the recipe's. See [bold]manifold-mixup methods[/bold]."
+)
+
+RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the runs; finished ones are not repeated.")]
+SeedsOption = Annotated[str | None, typer.Option("--seeds", help="5 is seeds 0 to 4; 3,4 and 100-104 are these.")]
+StepsOption = Annotated[int | None, typer.Option("--steps", help="Optimiser updates.")]
+MethodOption = Annotated[list[str] | None, typer.Option("--method", "-m", help=METHOD_HELP)]
+DataOption = Annotated[str | None, typer.Option("--data", help="A data set as name or name:key=value,...")]
+ModelOption = Annotated[str | None, typer.Option("--model", help="A network as name or name:key=value,...")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="Any other key, such as train.lr=0.01. Repeatable.")]
+EpochsOption = Annotated[int | None, typer.Option("--epochs", min=1, help="Passes over the training data.")]
+TrainExamplesOption = Annotated[
+    int | None, typer.Option("--train-examples", min=1, help="Train on so many examples, drawn balanced by class.")
+]
+WidthOption = Annotated[
+    float | None, typer.Option("--width", help="The network's width: a factor, or units for those that count them.")
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--threads", min=0, help="CPU threads of one run; 0 is all cores. Their number changes the last bits."
+    ),
+]
+DataDirOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--data-dir", help="A folder that holds published data files; it is only read. Without it they are downloaded."
+    ),
+]
+DevicesOption = Annotated[
+    int, typer.Option("--devices", min=1, help="Devices that share every batch, one process each, on every machine.")
+]
+NodesOption = Annotated[int, typer.Option("--nodes", min=1, help="Machines; start the command on each with torchrun.")]
+AcceleratorOption = Annotated[str, typer.Option("--accelerator", help="auto, cpu, cuda or mps.")]
+JobsOption = Annotated[int, typer.Option("--jobs", "-j", min=0, help="Processes; 0 takes one for every core.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object per line on stdout, and nothing else there.")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+CheckpointOption = Annotated[
+    float,
+    typer.Option("--checkpoint-every", min=0.0, help="Longest time between two checkpoints of a run, in seconds."),
+]
