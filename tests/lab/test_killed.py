@@ -1,4 +1,4 @@
-"""The command killed with SIGKILL at random moments, its workers with it: started again, it ends with the same numbers."""
+"""The command killed with SIGKILL at random moments, and its workers: started again, it ends with the same numbers."""
 
 import json
 import os
