@@ -1,7 +1,7 @@
 """Records and tables of docs/results.
 
-    python docs/results/tables.py collect RUNS    # RUNS/<experiment>/.../record.json -> docs/results/<experiment>.jsonl
-    python docs/results/tables.py                 # those records -> the tables, in Markdown, on stdout
+    python docs/results/tables.py collect RUNS NAME   # RUNS/.../record.json -> docs/results/NAME.jsonl
+    python docs/results/tables.py                     # those records -> the tables, in Markdown, on stdout
 
 The tables in README.md beside this file are that output; a test compares them.
 """
@@ -16,24 +16,29 @@ from pathlib import Path
 from typing import Any
 
 from manifold_mixup.lab.measures.catalog import MAIN, OWN, describe
-from manifold_mixup.lab.recipe import load_recipe
+from manifold_mixup.lab.methods import METHODS
+from manifold_mixup.lab.recipe import load_recipe, recipe_files
 from manifold_mixup.lab.statistics import paired_difference, summary
 
 HERE = Path(__file__).parent
-EXPERIMENTS = ("digits", "digits_resnet", "spiral")  # overhead.py and families.py make pages of their own
+EXPERIMENTS = {  # and how each was made; overhead.py, families.py and training_speed.py make pages of their own
+    "digits": "manifold-mixup compare --recipe digits",
+    "digits_resnet": "manifold-mixup compare --recipe digits_resnet",
+    "spiral": "manifold-mixup compare --recipe spiral",
+    "cifar10_quarter": "manifold-mixup compare --data cifar10 --data-dir DIR --train-examples 10000 "
+    "--model preact_resnet18 --width 0.25 --methods none,input_mixup,manifold_mixup --seeds 3 --epochs 40",
+}
 
 
-def collect(runs: Path) -> None:
-    """One file per experiment, one record a line, methods in the order of the recipe."""
-    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for path in sorted(runs.glob("*/*/*/record.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        found[record["experiment"]].append(record)
-    for name, records in found.items():
-        order = [method.label for method in load_recipe(name).methods]
-        records.sort(key=lambda r: (order.index(r["label"]), r["seed"]))
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        (HERE / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+def collect(runs: Path, name: str) -> None:
+    """One record a line, methods in the order of the recipe or of the registry; folders of the machine are left out."""
+    records: list[dict[str, Any]] = [
+        json.loads(path.read_text(encoding="utf-8")) for path in sorted(runs.rglob("record.json"))
+    ]
+    order = [m.label for m in load_recipe(name).methods] if name in recipe_files() else list(METHODS)
+    records.sort(key=lambda r: (order.index(r["label"]), r["seed"]))
+    lines = (json.dumps(record | {"command": EXPERIMENTS[name]}, ensure_ascii=False) + "\n" for record in records)
+    (HERE / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def table(path: Path) -> str:
@@ -72,7 +77,7 @@ def _cell(values: dict[int, float], baseline: dict[int, float] | None, name: str
 
 def main() -> None:
     if sys.argv[1:2] == ["collect"]:
-        collect(Path(sys.argv[2]))
+        collect(Path(sys.argv[2]), sys.argv[3])
     else:
         print("\n\n".join(table(HERE / f"{name}.jsonl") for name in EXPERIMENTS))
 
