@@ -380,6 +380,10 @@ def test_images_are_trained_on_and_learned(tmp_path):
     assert last["validation_error"] == 0
 
 
+# the compiler hides a warning about .grad, makes objects of autograd functions, and imports what is deprecated
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.slow
 def test_a_compiled_network_trains_to_the_same_weights(tmp_path):
     compiled, _ = train_images(tmp_path / "a", compile=True)
