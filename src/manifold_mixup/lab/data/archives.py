@@ -46,7 +46,7 @@ class PublishedFile:
     Attributes:
         name: Its name.
         md5: The md5 of its bytes.
-        urls: Where to fetch it, the authors' own place first.
+        urls: Where to fetch it, in the order in which they are tried.
         sha256: The sha256 of its bytes, where it is known; then it is checked too.
         unpacked_md5: For a file that was published with gzip: the md5 of what is inside. The same content may then lie
             there unpacked or packed anew, and ``md5`` and ``sha256`` hold for downloads alone.
