@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import platform
+import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
@@ -91,6 +93,7 @@ def fresh_model(run: RunConfig, info: DataInfo) -> tuple[nn.Module, list[str]]:
 
 def _execute(folder: RunFolder, hooks: Hooks, command: str, places: Places, devices: Devices) -> Record:
     run = folder.run.config
+    _commit()  # now, for files may change while the run goes on
     splits = load_data(run.data.name, run.data.options, run.seed, places)
     model_options, settings = effective_settings(run)
     fabric = make_fabric(devices, settings.precision)
@@ -181,7 +184,27 @@ def _versions() -> dict[str, str]:
     for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
+    if commit := _commit():
+        versions["commit"] = commit
     return versions
+
+
+@functools.cache
+def _commit() -> str:
+    """The commit of a source checkout, with a + if tracked files differ from it; empty for an installed package."""
+    root = Path(__file__).parents[3]
+    if not (root / ".git").exists():
+        return ""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, timeout=30, check=True)
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "src", "constraints.txt")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def _cpu() -> str:
