@@ -38,12 +38,13 @@ from manifold_mixup.lab.flags import (
     WidthOption,
 )
 from manifold_mixup.lab.listings import datasets, layers, measures, methods, print_json
+from manifold_mixup.lab.reproduce_command import reproduce
 
 if TYPE_CHECKING:
     from manifold_mixup.lab.config import ExperimentConfig
     from manifold_mixup.lab.experiment import Outcome, Settings
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "make_settings"]
 
 app = typer.Typer(
     name="manifold-mixup",
@@ -92,7 +93,7 @@ def demo(
 
     keep = ("none", "input_mixup", "manifold_mixup")
     configs = [load_recipe(name, Overrides(seeds=seeds, keep=keep)) for name in ("spiral", "digits")]
-    outcome = _carry_out(configs, _settings(runs, jobs, checkpoint_every), quiet)
+    outcome = _carry_out(configs, make_settings(runs, jobs, checkpoint_every), quiet)
     _print_comparison(outcome, configs, runs / "demo.html", "Manifold Mixup: the demo", as_json)
 
 
@@ -166,7 +167,7 @@ def compare(
         config = without_recipe(changes, name=name, places=places)
     else:
         config = load_recipe(recipe, changes, places)
-    how = _settings(runs, jobs, checkpoint_every, data_dir, (accelerator, devices, nodes))
+    how = make_settings(runs, jobs, checkpoint_every, data_dir, (accelerator, devices, nodes))
     outcome = _carry_out([config], how, quiet)
     if not how.devices.first:
         return
@@ -234,7 +235,7 @@ def train(
         config = without_recipe(changes, name="train", places=places)
     else:
         config = load_recipe(recipe, changes, places)
-    how = _settings(runs, 1, checkpoint_every, data_dir, (accelerator, devices, nodes))
+    how = make_settings(runs, 1, checkpoint_every, data_dir, (accelerator, devices, nodes))
     outcome = _carry_out([config], how, quiet)
     if not how.devices.first:
         return
@@ -328,21 +329,22 @@ def evaluate(
         typer.echo(note)
 
 
-for listing in (methods, measures, datasets, layers):
-    app.command()(listing)
+for command in (reproduce, methods, measures, datasets, layers):
+    app.command()(command)
 
 
 def _command() -> str:
     return shlex.join(["manifold-mixup", *sys.argv[1:]])
 
 
-def _settings(
+def make_settings(
     runs: Path,
     jobs: int,
     checkpoint_every: float,
     data_dir: Path | None = None,
     devices: tuple[str, int, int] = ("auto", 1, 1),
 ) -> Settings:
+    """How runs are carried out, as the command line says."""
     from manifold_mixup.lab.data import Places
     from manifold_mixup.lab.devices import Devices
     from manifold_mixup.lab.experiment import Settings

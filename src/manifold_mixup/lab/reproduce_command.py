@@ -1,0 +1,226 @@
+"""The command ``manifold-mixup reproduce``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from manifold_mixup.lab.flags import (
+    AcceleratorOption,
+    CheckpointOption,
+    DataDirOption,
+    DevicesOption,
+    JobsOption,
+    JsonOption,
+    NodesOption,
+    QuietOption,
+    RunsOption,
+    SeedsOption,
+    SetOption,
+)
+from manifold_mixup.lab.listings import print_json
+
+if TYPE_CHECKING:
+    from manifold_mixup.lab.experiment import Settings
+    from manifold_mixup.lab.reproduce import Piece
+    from manifold_mixup.lab.side_by_side import Grid
+    from manifold_mixup.lab.studies import Scale, Study
+    from manifold_mixup.lab.verdict import Verdict
+
+__all__ = ["reproduce"]
+
+THEORY = "theory"
+
+
+def reproduce(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="NAME", help="A study, such as table1; --list shows them.", show_default=False),
+    ] = None,
+    scale: Annotated[
+        str,
+        typer.Option(
+            "--scale",
+            help="full: the paper's epochs; short: 200 epochs; both for a GPU. desk: a small twin for two CPU cores.",
+        ),
+    ] = "full",
+    only: Annotated[
+        str | None,
+        typer.Option("--only", help="Labels of methods, recipes, or parts of a panel's title, joined by ';'."),
+    ] = None,
+    seeds: SeedsOption = None,
+    settings: SetOption = None,
+    runs: RunsOption = Path("runs"),
+    data_dir: DataDirOption = None,
+    show: Annotated[bool, typer.Option("--show", help="Run nothing; print what there is.")] = False,
+    listing: Annotated[bool, typer.Option("--list", help="Print all studies, what has run, and what it cost.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables in Markdown.")] = False,
+    jobs: JobsOption = 0,
+    accelerator: AcceleratorOption = "auto",
+    devices: DevicesOption = 1,
+    nodes: NodesOption = 1,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    checkpoint_every: CheckpointOption = 15.0,
+) -> None:
+    """Repeat a published table: run and measure what is missing, and print ours beside the published.
+
+    Several studies share runs, and what has run is never run again. The same command goes on where it was cut.
+
+    Example: [bold]manifold-mixup reproduce table1 --scale desk[/bold]
+
+    Example: [bold]manifold-mixup reproduce table5 --scale short --only 'CIFAR-100;S = 0+1+2;S = none' --seeds 3[/bold]
+
+    Example: [bold]manifold-mixup reproduce --list[/bold]
+    """
+    from manifold_mixup.lab.cli import make_settings
+    from manifold_mixup.lab.data import Places
+    from manifold_mixup.lab.errors import UsageError
+    from manifold_mixup.lab.reproduce import gather, plan
+    from manifold_mixup.lab.studies import SCALES, load_study
+
+    if listing:
+        _list(runs, as_json)
+        return
+    if name is None:
+        raise UsageError("say what to reproduce, such as table1; manifold-mixup reproduce --list shows all studies")
+    how = make_settings(runs, jobs, checkpoint_every, data_dir, (accelerator, devices, nodes))
+    if name == THEORY:
+        _theory(runs, seeds, markdown=markdown, as_json=as_json, quiet=quiet, show=show)
+        return
+    if scale not in SCALES:
+        raise UsageError(f"--scale {scale!r} should be {', '.join(SCALES)}")
+    study = load_study(name)
+    words = [word.strip() for word in (only or "").split(";") if word.strip()]
+    pieces = plan(study, scale, only=words, seeds=seeds, settings=settings or (), places=Places(data_dir))
+    if all(piece.config is None for piece in pieces):
+        raise UsageError(f"study {name!r} has nothing of scale {scale!r}; see manifold-mixup reproduce --list")
+    if show:
+        for piece in pieces:
+            gather(piece, runs)
+    else:
+        _check_machine(pieces, scale, accelerator)
+        _carry_out(pieces, scale, how, quiet)
+    if how.devices.first:
+        _print(study, pieces, scale, markdown=markdown, as_json=as_json)
+
+
+def _check_machine(pieces: Sequence[Piece], scale: Scale, accelerator: str) -> None:
+    """Refuse to start weeks of work where a desk's would do, unless it is asked for by name."""
+    import torch
+
+    from manifold_mixup.lab.errors import UsageError
+    from manifold_mixup.lab.reproduce import cost_of
+
+    if scale == "desk" or accelerator != "auto" or torch.cuda.is_available() or torch.backends.mps.is_available():
+        return
+    cost = cost_of(next(piece.config.name for piece in pieces if piece.config is not None))
+    raise UsageError(
+        f"scale {scale!r} is for a GPU, and here is none ({cost}); take --scale desk, or insist with --accelerator cpu"
+    )
+
+
+def _carry_out(pieces: Sequence[Piece], scale: Scale, settings: Settings, quiet: bool) -> None:
+    import dataclasses
+
+    from manifold_mixup.lab import display
+    from manifold_mixup.lab.reproduce import reproduce as carry_out
+
+    planned = sum(len(p.config.methods) * len(p.config.seeds) for p in pieces if p.config is not None)
+    with display.Bars(planned, quiet=quiet or not settings.devices.first) as bars:
+        carry_out(pieces, scale, dataclasses.replace(settings, report=bars.prepared), bars, bars.prepared)
+
+
+def _print(study: Study, pieces: Sequence[Piece], scale: Scale, *, markdown: bool, as_json: bool) -> None:
+    from manifold_mixup.lab.errors import RunsFailed
+    from manifold_mixup.lab.side_by_side import panel_grid, provenance, summed_up, verdicts
+
+    grids, found = [], []
+    for piece in pieces:
+        grids.append(panel_grid(piece.panel, piece.results, scale, _missing(piece, scale)))
+        if piece.config is not None:
+            found += verdicts(piece.panel, piece.results)
+    if as_json:
+        for piece in pieces:
+            for result in piece.results:
+                print_json({**result.record.summary(), "measured": dict(result.measured)})
+        for verdict in found:
+            print_json({"claim": verdict.claim, "outcome": verdict.outcome, "reason": verdict.reason})
+    else:
+        notes = provenance(result for piece in pieces for result in piece.results)
+        _show(study.title, study.note, grids, found, [*notes, *([summed_up(found)] if found else [])], markdown)
+    troubles = [piece.trouble for piece in pieces if piece.trouble]
+    if troubles:
+        raise RunsFailed(f"{len(troubles)} of {len(pieces)} parts are not complete; the first: {troubles[0]}")
+
+
+def _missing(piece: Piece, scale: Scale) -> list[str]:
+    """Why a panel shows fewer numbers of ours than it could."""
+    if piece.config is None:
+        return [f"No recipe of scale {scale} belongs to this part."]
+    planned = len(piece.config.methods) * len(piece.config.seeds)
+    notes = [piece.trouble] if piece.trouble else []
+    return notes if len(piece.results) == planned else [*notes, f"{len(piece.results)} of {planned} runs are there."]
+
+
+def _show(
+    title: str,
+    note: str,
+    grids: Sequence[Grid],
+    found: Sequence[Verdict],
+    notes: Sequence[str],
+    markdown: bool,
+) -> None:
+    from rich.markup import escape
+
+    from manifold_mixup.lab import display
+    from manifold_mixup.lab.side_by_side import as_markdown
+
+    if markdown:
+        lines = [f"# {title}", *([note] if note else [])]
+        for grid in grids:
+            lines += [f"## {grid.title}", as_markdown(grid)]
+        lines += ["\n".join(f"- {v.claim}: **{v.outcome}** ({v.reason})" for v in found)] if found else []
+        lines += ["\n".join(f"- {line}" for line in notes)] if notes else []
+        typer.echo("\n\n".join(lines))
+        return
+    out = display.console()
+    out.print(escape(title), style="bold")
+    if note:
+        out.print(escape(note))
+    for grid in grids:
+        table = display.listing(grid.title, grid.head, grid.rows)
+        table.caption, table.caption_justify = escape("\n".join(grid.notes)), "left"
+        out.print(table)
+    if found:
+        rows = [(v.claim, v.outcome, v.reason) for v in found]
+        out.print(display.listing("what the paper claims, and what our runs say", ("claim", "ours", "why"), rows))
+    for line in notes:
+        out.print(escape(line))
+
+
+def _list(runs: Path, as_json: bool) -> None:
+    from manifold_mixup.lab import display
+    from manifold_mixup.lab.reproduce import stand
+    from manifold_mixup.lab.side_by_side import duration
+    from manifold_mixup.lab.studies import load_study, study_files
+
+    rows: list[tuple[str, str, str, str, str]] = []
+    for name in study_files():
+        study = load_study(name)
+        for scale, done, planned, seconds, cost in stand(study, runs):
+            if as_json:
+                print_json({"study": name, "scale": scale, "done": done, "planned": planned, "seconds": seconds})
+            spent = f"{done} of {planned} runs" + (f", {duration(seconds)}" if done else "")
+            rows.append((name, study.title, scale, spent, cost))
+    if not as_json:
+        rows.append((THEORY, "The theorem's consequences, checked", "", "", "1 minute"))
+        columns = ("study", "what it is", "scale", f"in {runs}", "cost")
+        display.console().print(display.listing("studies", columns, rows))
+
+
+def _theory(runs: Path, seeds: str | None, *, markdown: bool, as_json: bool, quiet: bool, show: bool) -> None:
+    raise NotImplementedError

@@ -1,0 +1,171 @@
+"""Published numbers and ours, side by side: grids of text, which the terminal and the pages of results show alike."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from manifold_mixup.lab.measures.catalog import describe
+from manifold_mixup.lab.published import Published
+from manifold_mixup.lab.results import Result, by_seed
+from manifold_mixup.lab.statistics import format_mean_sd, summary
+from manifold_mixup.lab.studies import Column, Panel, Row, Scale
+from manifold_mixup.lab.verdict import OUTCOMES, Verdict, judge
+
+__all__ = ["Grid", "as_markdown", "duration", "panel_grid", "provenance", "summed_up", "verdicts"]
+
+NOTHING = "-"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of text.
+
+    Attributes:
+        title: What it shows.
+        head: Names of the columns.
+        rows: Cells, as many in each row as in the head.
+        notes: Sentences below it.
+    """
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = field(default_factory=tuple)
+
+
+def panel_grid(panel: Panel, results: Iterable[Result], scale: Scale, notes: Sequence[str] = ()) -> Grid:
+    """One panel: for each method and number the published value, ours as mean ± sd, and over how many runs.
+
+    Args:
+        panel: The panel.
+        results: Our runs of its recipe.
+        scale: The scale of that recipe.
+        notes: Sentences to add below it.
+    """
+    results = list(results)
+    # a number that was never published has no column of dashes
+    known = {c.metric: any(panel.twin(row, c) is not None for row in panel.rows) for c in panel.columns}
+    any_known = any(known.values())
+
+    def cells(row: Row, column: Column, published: bool) -> list[str]:
+        ours = _ours(by_seed(results, row.label, column.metric), column)
+        return [_printed(panel.twin(row, column)), ours] if published else [ours]
+
+    def kinds(published: bool) -> tuple[str, ...]:
+        return ("published", scale) if published else (scale,)
+
+    runs = Counter(result.record.label for result in results)
+    title = f"{panel.title} ({scale}: {panel.recipes[scale]})" if scale in panel.recipes else panel.title
+    if panel.transpose:
+        head = ["", *(f"{row.label}, {kind}" for row in panel.rows for kind in kinds(any_known))]
+        body = [
+            [column.heading, *(c for row in panel.rows for c in cells(row, column, any_known))]
+            for column in panel.columns
+        ]
+        body.append(["runs", *(c for row in panel.rows for c in [*[""] * any_known, str(runs[row.label])])])
+    else:
+        head = ["method", *(f"{c.heading}, {kind}" for c in panel.columns for kind in kinds(known[c.metric])), "runs"]
+        body = [
+            [row.label, *(cell for c in panel.columns for cell in cells(row, c, known[c.metric])), str(runs[row.label])]
+            for row in panel.rows
+        ]
+    return Grid(title, head, body, [*([panel.note] if panel.note else []), *notes])
+
+
+def _printed(entry: Published | None) -> str:
+    """A published number as it is printed."""
+    if entry is None:
+        return NOTHING
+    digits = max(2 if entry.unit == "percent" else 3, _decimals(entry.value))
+    if entry.unit == "1":
+        digits = 2
+    return f"{entry.value:.{digits}f}" if entry.std is None else f"{entry.value:.{digits}f} ± {entry.std:g}"
+
+
+def _decimals(value: float) -> int:
+    return len(repr(value).partition(".")[2])
+
+
+def _ours(values: dict[int, float], column: Column) -> str:
+    if not values:
+        return NOTHING
+    digits = describe(column.metric).digits
+    shown = [100 - v for v in values.values()] if column.complement else list(values.values())
+    finite = [v for v in shown if math.isfinite(v)]
+    if len(finite) < len(shown):
+        text = format_mean_sd(summary(finite), digits) if finite else "no number"
+        return f"{text} ({len(shown) - len(finite)} of {len(shown)} diverged)"
+    return format_mean_sd(summary(shown), digits)
+
+
+def verdicts(panel: Panel, results: Iterable[Result]) -> list[Verdict]:
+    """What our runs say of every claim of a panel."""
+    results = list(results)
+    found = []
+    for claim in panel.claims:
+        for metric in claim.metrics:
+            column = panel.column(metric)
+            words = "lower" if column.lower_is_better else "higher"
+            name = column.title or describe(metric).title
+            text = f"{panel.title}: {claim.better} has a {words} {name} than {claim.than}"
+            better, than = by_seed(results, claim.better, metric), by_seed(results, claim.than, metric)
+            digits = describe(metric).digits
+            found.append(judge(text, better, than, lower_is_better=column.lower_is_better, digits=digits))
+    return found
+
+
+def summed_up(found: Sequence[Verdict]) -> str:
+    """Count them: ``Of 4 claims 2 hold, 0 do not hold, 2 our runs cannot decide.`` in words."""
+    count = Counter(verdict.outcome for verdict in found)
+    words = dict(zip(OUTCOMES, ("hold", "do not hold", "our runs cannot decide", "were not run"), strict=True))
+    parts = [f"{count[outcome]} {words[outcome]}" for outcome in OUTCOMES if count[outcome] or outcome != "not run"]
+    return f"Of {len(found)} claims {', '.join(parts)}."
+
+
+def provenance(results: Iterable[Result]) -> list[str]:
+    """Where numbers come from: command, commit, machine, dates, and what they cost."""
+    results = list(results)
+    if not results:
+        return []
+    records = [result.record for result in results]
+
+    def all_of(values: Iterable[str]) -> str:
+        return ", ".join(dict.fromkeys(value for value in values if value)) or "not recorded"
+
+    dates = sorted(record.date[:10] for record in records)
+    hardware = all_of(
+        f"{r.hardware.get('cpu')}, {r.hardware.get('cpus')} cores, {r.hardware.get('threads')} a run"
+        if r.hardware.get("device", "cpu").startswith("cpu")
+        else str(r.hardware["device"])
+        for r in records
+    )
+    seconds = sum(record.seconds for record in records)
+    return [
+        f"command: {all_of(record.command for record in records)}",
+        f"commit: {all_of(record.versions.get('commit', '') for record in records)}; "
+        f"PyTorch {all_of(record.versions.get('torch', '') for record in records)}",
+        f"machine: {hardware}",
+        f"date: {dates[0]}" + (f" to {dates[-1]}" if dates[-1] != dates[0] else ""),
+        f"cost: {len(records)} runs, {duration(seconds)} of one run after the other",
+    ]
+
+
+def duration(seconds: float) -> str:
+    """``3 h 20 min`` or ``45 s``."""
+    minutes, hours = round(seconds / 60), seconds / 3600
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{hours:.1f} h"
+
+
+def as_markdown(grid: Grid) -> str:
+    """A grid as a table in Markdown."""
+
+    def line(cells: Iterable[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    lines = [line(grid.head), line(["---"] * len(grid.head)), *map(line, grid.rows)]
+    return "\n".join([*lines, *(f"\n{note}" for note in grid.notes)])
