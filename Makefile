@@ -4,7 +4,7 @@ PYTHON ?= python3
 SHELL := /bin/bash
 RUNS ?= runs
 
-.PHONY: demo test test-all check bench models docs clean
+.PHONY: demo test test-all check bench models results docs clean
 .DELETE_ON_ERROR:
 
 .venv/ready: pyproject.toml constraints.txt
@@ -42,6 +42,13 @@ bench: .venv-dev/ready
 
 docs: .venv-dev/ready  ## the documentation site, in dist/site; make test builds it as well, and runs what it shows
 	NO_MKDOCS_2_WARNING=1 .venv-dev/bin/mkdocs build --strict
+
+results: .venv-dev/ready  ## every page and table of docs/results, and those of README.md, from the committed records
+	.venv-dev/bin/python docs/results/tables.py
+	.venv-dev/bin/python docs/results/studies.py
+	.venv-dev/bin/python docs/results/overhead.py
+	.venv-dev/bin/python docs/results/training_speed.py
+	.venv-dev/bin/python docs/results/families.py --page
 
 models: .venv-dev/ready  ## one network of every family of timm: S, exactness and cost, and the table in docs/results
 	.venv-dev/bin/python docs/results/families.py --runs $(RUNS)

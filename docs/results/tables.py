@@ -1,15 +1,16 @@
 """Records and tables of docs/results.
 
     python docs/results/tables.py collect RUNS NAME   # RUNS/.../record.json -> docs/results/NAME.jsonl
-    python docs/results/tables.py                     # those records -> the tables, in Markdown, on stdout
+    python docs/results/tables.py                     # those records -> the tables in README.md beside this file
 
-The tables in README.md beside this file are that output; a test compares them.
+A test compares the tables with what the records make. studies.py makes those of the studies.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -60,6 +61,18 @@ def table(path: Path) -> str:
     return "\n".join(lines)
 
 
+def page() -> str:
+    """README.md with every table made anew."""
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    for name in EXPERIMENTS:
+        found = re.compile(rf"^\| {name} \|.*?(?=\n\n|\Z)", re.DOTALL | re.MULTILINE)
+        if len(found.findall(text)) != 1:
+            raise SystemExit(f"README.md should hold one table of {name}")
+        made = table(HERE / f"{name}.jsonl")
+        text = found.sub(lambda _, made=made: made, text)  # type: ignore[misc]
+    return text
+
+
 def _cell(values: dict[int, float], baseline: dict[int, float] | None, name: str) -> str:
     digits = describe(name).digits
     finite = [v for v in values.values() if math.isfinite(v)]
@@ -79,7 +92,7 @@ def main() -> None:
     if sys.argv[1:2] == ["collect"]:
         collect(Path(sys.argv[2]), sys.argv[3])
     else:
-        print("\n\n".join(table(HERE / f"{name}.jsonl") for name in EXPERIMENTS))
+        (HERE / "README.md").write_text(page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,9 @@ OFF = [
     ("manifold_mixup", {"alpha": 0.0}),
     ("manifold_mixup", {"probability": 0.0}),
     ("manifold_mixup", {"layers": []}),
+    ("blocked_gradient", {"alpha": 0.0}),
+    ("blocked_gradient", {"probability": 0.0}),
+    ("blocked_gradient", {"layers": []}),
     ("hidden_noise", {"sd": 0.0}),
     ("hidden_noise", {"layers": []}),
     ("input_noise", {"sd": 0.0}),
@@ -42,6 +45,9 @@ ON = [
     ("manifold_mixup", {"layers": ["bottleneck"], "pairing": "halves"}),
     ("manifold_mixup", {"layers": ["bottleneck"], "pairing": "two-batches"}),
     ("manifold_mixup", {"layers": ["bottleneck"], "probability": 0.5}),
+    ("blocked_gradient", {}),
+    ("blocked_gradient", {"layers": ["bottleneck"]}),
+    ("blocked_gradient", {"layers": ["bottleneck"], "per": "example"}),
     ("last_layer_mixup", {}),
     ("last_layer_mixup", {"per": "example"}),
     ("last_layer_mixup", {"layers": ["decoder.7"]}),
@@ -253,6 +259,7 @@ def test_every_method_cites_its_source(name):
 def test_defaults_are_the_papers():
     assert make_method("input_mixup", {}).options.alpha == 1.0
     assert make_method("manifold_mixup", {}).options.alpha == 2.0
+    assert make_method("blocked_gradient", {}).options.alpha == 2.0
     assert make_method("dropout", {}).options.p == 0.5
     assert make_method("cutout", {}).options.size == 16
     cutmix = make_method("cutmix", {}).options

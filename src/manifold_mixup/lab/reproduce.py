@@ -17,10 +17,11 @@ from manifold_mixup.lab.evaluation import evaluate_run, parse_measures
 from manifold_mixup.lab.experiment import Settings, Watcher, run_experiments
 from manifold_mixup.lab.recipe import Overrides, load_recipe, parse_component, read_recipe, recipe_files
 from manifold_mixup.lab.records import Failure
-from manifold_mixup.lab.results import Result, measured_with, read_folder
+from manifold_mixup.lab.results import Result, measured_with, read_folder, read_lines
+from manifold_mixup.lab.side_by_side import Grid, panel_grid, provenance
 from manifold_mixup.lab.studies import SCALES, Panel, Scale, Study
 
-__all__ = ["Piece", "Progress", "cost_of", "gather", "plan", "reproduce", "stand"]
+__all__ = ["Piece", "Progress", "cost_of", "gather", "grids_of", "plan", "reproduce", "results_of", "stand"]
 
 Progress = Callable[[str, int, int], None]
 """Is told what is being measured, how many runs are done, and of how many."""
@@ -148,13 +149,41 @@ def reproduce(
 
 
 def gather(piece: Piece, runs: Path) -> None:
-    """Read the finished runs of a piece that belong to its experiment as it is configured; run nothing."""
+    """Read the finished runs of a piece that belong to its experiment as it is configured; run nothing.
+
+    Args:
+        piece: The piece, filled in place.
+        runs: A folder of runs, or one with lines of records, one file for each recipe.
+    """
     if piece.config is None:
         return
     wanted = {run.config.hash for run in piece.config.runs()}
-    found = [result for result in read_folder(runs, piece.config.name) if result.record.config_hash in wanted]
+    found = [result for result in results_of(runs, piece.config.name) if result.record.config_hash in wanted]
     order = [method.label for method in piece.config.methods]
     piece.results = sorted(found, key=lambda r: (order.index(r.record.label), r.record.seed))
+
+
+def results_of(runs: Path, recipe: str) -> list[Result]:
+    """The finished runs of a recipe in a folder of runs, or in a folder with lines of records."""
+    lines = runs / f"{recipe}.jsonl"
+    return read_lines(lines) if lines.is_file() else read_folder(runs, recipe)
+
+
+def grids_of(pieces: Sequence[Piece], scale: Scale) -> list[Grid]:
+    """The tables of a study, each with what is missing and where its numbers come from."""
+    return [
+        panel_grid(p.panel, p.results, scale, [*_missing(p, scale), *filter(None, [provenance(p.results)])])
+        for p in pieces
+    ]
+
+
+def _missing(piece: Piece, scale: Scale) -> list[str]:
+    """Why a panel shows fewer numbers of ours than it could."""
+    if piece.config is None:
+        return [f"No recipe of scale {scale} belongs to this part."]
+    planned = len(piece.config.methods) * len(piece.config.seeds)
+    notes = [piece.trouble] if piece.trouble else []
+    return notes if len(piece.results) == planned else [*notes, f"{len(piece.results)} of {planned} runs are there."]
 
 
 def _measure(folders: Sequence[Path], texts: Sequence[str], settings: Settings, progress: Progress | None) -> None:
@@ -206,7 +235,7 @@ def stand(study: Study, runs: Path) -> list[tuple[Scale, int, int, float, str]]:
             labels, seeds = config
             planned += len(labels) * len(seeds)
             costs.append(cost_of(panel.recipes[scale]))
-            for result in read_folder(runs, panel.recipes[scale]):
+            for result in results_of(runs, panel.recipes[scale]):
                 if result.record.label in labels and result.record.seed in seeds:
                     done += 1
                     seconds += result.record.seconds

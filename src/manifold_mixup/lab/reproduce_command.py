@@ -55,7 +55,12 @@ def reproduce(
     settings: SetOption = None,
     runs: RunsOption = Path("runs"),
     data_dir: DataDirOption = None,
-    show: Annotated[bool, typer.Option("--show", help="Run nothing; print what there is.")] = False,
+    show: Annotated[
+        bool,
+        typer.Option(
+            "--show", help="Run nothing; print what is in --runs, which may be a folder of committed records."
+        ),
+    ] = False,
     listing: Annotated[bool, typer.Option("--list", help="Print all studies, what has run, and what it cost.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables in Markdown.")] = False,
     jobs: JobsOption = 0,
@@ -73,6 +78,8 @@ def reproduce(
     Example: [bold]manifold-mixup reproduce table1 --scale desk[/bold]
 
     Example: [bold]manifold-mixup reproduce table5 --scale short --only 'CIFAR-100;S = 0+1+2;S = none' --seeds 3[/bold]
+
+    Example: [bold]manifold-mixup reproduce table1 --scale desk --show --runs docs/results/desk[/bold]
 
     Example: [bold]manifold-mixup reproduce --list[/bold]
     """
@@ -136,57 +143,31 @@ def _carry_out(pieces: Sequence[Piece], scale: Scale, settings: Settings, quiet:
 
 def _print(study: Study, pieces: Sequence[Piece], scale: Scale, *, markdown: bool, as_json: bool) -> None:
     from manifold_mixup.lab.errors import RunsFailed
-    from manifold_mixup.lab.side_by_side import panel_grid, provenance, summed_up, verdicts
+    from manifold_mixup.lab.reproduce import grids_of
+    from manifold_mixup.lab.side_by_side import as_page, verdicts
 
-    grids, found = [], []
-    for piece in pieces:
-        grids.append(panel_grid(piece.panel, piece.results, scale, _missing(piece, scale)))
-        if piece.config is not None:
-            found += verdicts(piece.panel, piece.results)
+    found = [v for piece in pieces if piece.config is not None for v in verdicts(piece.panel, piece.results)]
     if as_json:
         for piece in pieces:
             for result in piece.results:
                 print_json({**result.record.summary(), "measured": dict(result.measured)})
         for verdict in found:
             print_json({"claim": verdict.claim, "outcome": verdict.outcome, "reason": verdict.reason})
+    elif markdown:
+        typer.echo(as_page(study.title, study.note, grids_of(pieces, scale), found), nl=False)
     else:
-        notes = provenance(result for piece in pieces for result in piece.results)
-        _show(study.title, study.note, grids, found, [*notes, *([summed_up(found)] if found else [])], markdown)
+        _show(study.title, study.note, grids_of(pieces, scale), found)
     troubles = [piece.trouble for piece in pieces if piece.trouble]
     if troubles:
         raise RunsFailed(f"{len(troubles)} of {len(pieces)} parts are not complete; the first: {troubles[0]}")
 
 
-def _missing(piece: Piece, scale: Scale) -> list[str]:
-    """Why a panel shows fewer numbers of ours than it could."""
-    if piece.config is None:
-        return [f"No recipe of scale {scale} belongs to this part."]
-    planned = len(piece.config.methods) * len(piece.config.seeds)
-    notes = [piece.trouble] if piece.trouble else []
-    return notes if len(piece.results) == planned else [*notes, f"{len(piece.results)} of {planned} runs are there."]
-
-
-def _show(
-    title: str,
-    note: str,
-    grids: Sequence[Grid],
-    found: Sequence[Verdict],
-    notes: Sequence[str],
-    markdown: bool,
-) -> None:
+def _show(title: str, note: str, grids: Sequence[Grid], found: Sequence[Verdict]) -> None:
     from rich.markup import escape
 
     from manifold_mixup.lab import display
-    from manifold_mixup.lab.side_by_side import as_markdown
+    from manifold_mixup.lab.side_by_side import summed_up
 
-    if markdown:
-        lines = [f"# {title}", *([note] if note else [])]
-        for grid in grids:
-            lines += [f"## {grid.title}", as_markdown(grid)]
-        lines += ["\n".join(f"- {v.claim}: **{v.outcome}** ({v.reason})" for v in found)] if found else []
-        lines += ["\n".join(f"- {line}" for line in notes)] if notes else []
-        typer.echo("\n\n".join(lines))
-        return
     out = display.console()
     out.print(escape(title), style="bold")
     if note:
@@ -198,8 +179,7 @@ def _show(
     if found:
         rows = [(v.claim, v.outcome, v.reason) for v in found]
         out.print(display.listing("what the paper claims, and what our runs say", ("claim", "ours", "why"), rows))
-    for line in notes:
-        out.print(escape(line))
+        out.print(escape(summed_up(found)))
 
 
 def _list(runs: Path, as_json: bool) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from manifold_mixup.lab import storage
 from manifold_mixup.lab.errors import CorruptedFile, StorageError
 from manifold_mixup.lab.records import Record, find_records
 
-__all__ = ["Result", "by_seed", "measured_with", "read_folder", "read_lines", "write_lines"]
+__all__ = ["Result", "by_seed", "measured_with", "public_command", "read_folder", "read_lines", "write_lines"]
 
 EVALUATIONS = "evaluations.jsonl"
 
@@ -102,10 +103,30 @@ def write_lines(results: Sequence[Result], path: Path) -> None:
     lines = []
     for result in results:
         line = result.record.model_dump(mode="json", by_alias=True)
+        line["command"] = public_command(result.record.command)
         if result.measured:
             line |= {"measured": dict(result.measured), "measures": {k: dict(v) for k, v in result.measures.items()}}
         lines.append(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
     storage.write_atomically(path, "".join(lines).encode())
+
+
+PLACES = {"--runs": "RUNS", "--data-dir": "DIR"}
+
+
+def public_command(command: str) -> str:
+    """A command line without the places of one machine: their values become the name of the option in capitals.
+
+    >>> public_command("manifold-mixup compare --recipe digits --data-dir /home/me/data")
+    'manifold-mixup compare --recipe digits --data-dir DIR'
+    """
+    words = shlex.split(command)
+    for i, word in enumerate(words):
+        option, equals, _ = word.partition("=")
+        if option in PLACES and equals:
+            words[i] = f"{option}={PLACES[option]}"
+        elif option in PLACES and i + 1 < len(words):
+            words[i + 1] = PLACES[option]
+    return shlex.join(words)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

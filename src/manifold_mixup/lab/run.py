@@ -76,6 +76,8 @@ def _isolated(settings: TrainConfig) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         torch.set_num_threads(settings.threads or os.cpu_count() or 1)
         torch.backends.cudnn.benchmark = True  # every batch has one shape: the fastest kernels are worth a search
+        if settings.compile:  # the networks of earlier runs would count towards the limit on recompiling one forward
+            torch.compiler.reset()
         try:
             yield
         finally:

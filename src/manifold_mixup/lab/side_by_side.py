@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from manifold_mixup.lab.measures.catalog import describe
 from manifold_mixup.lab.published import Published
-from manifold_mixup.lab.results import Result, by_seed
+from manifold_mixup.lab.records import Record
+from manifold_mixup.lab.results import Result, by_seed, public_command
 from manifold_mixup.lab.statistics import format_mean_sd, summary
 from manifold_mixup.lab.studies import Column, Panel, Row, Scale
 from manifold_mixup.lab.verdict import OUTCOMES, Verdict, judge
 
-__all__ = ["Grid", "as_markdown", "duration", "panel_grid", "provenance", "summed_up", "verdicts"]
+__all__ = [
+    "Grid",
+    "as_markdown",
+    "as_page",
+    "duration",
+    "measured_text",
+    "panel_grid",
+    "provenance",
+    "summed_up",
+    "verdicts",
+]
 
 NOTHING = "-"
 
@@ -51,7 +62,7 @@ def panel_grid(panel: Panel, results: Iterable[Result], scale: Scale, notes: Seq
     any_known = any(known.values())
 
     def cells(row: Row, column: Column, published: bool) -> list[str]:
-        ours = _ours(by_seed(results, row.label, column.metric), column)
+        ours = measured_text(by_seed(results, row.label, column.metric), column)
         return [_printed(panel.twin(row, column)), ours] if published else [ours]
 
     def kinds(published: bool) -> tuple[str, ...]:
@@ -89,7 +100,8 @@ def _decimals(value: float) -> int:
     return len(repr(value).partition(".")[2])
 
 
-def _ours(values: dict[int, float], column: Column) -> str:
+def measured_text(values: Mapping[int, float], column: Column) -> str:
+    """A number of ours as mean ± sd over the seeds; runs that diverged are counted, not averaged."""
     if not values:
         return NOTHING
     digits = describe(column.metric).digits
@@ -110,7 +122,7 @@ def verdicts(panel: Panel, results: Iterable[Result]) -> list[Verdict]:
             column = panel.column(metric)
             words = "lower" if column.lower_is_better else "higher"
             name = column.title or describe(metric).title
-            text = f"{panel.title}: {claim.better} has a {words} {name} than {claim.than}"
+            text = f"{panel.title}, {name}: {claim.better} is {words} than {claim.than}"
             better, than = by_seed(results, claim.better, metric), by_seed(results, claim.than, metric)
             digits = describe(metric).digits
             found.append(judge(text, better, than, lower_is_better=column.lower_is_better, digits=digits))
@@ -125,32 +137,32 @@ def summed_up(found: Sequence[Verdict]) -> str:
     return f"Of {len(found)} claims {', '.join(parts)}."
 
 
-def provenance(results: Iterable[Result]) -> list[str]:
-    """Where numbers come from: command, commit, machine, dates, and what they cost."""
-    results = list(results)
-    if not results:
-        return []
+def provenance(results: Iterable[Result]) -> str:
+    """Where numbers come from, in one sentence after the other: command, commit, machine, date, and what they cost."""
     records = [result.record for result in results]
+    if not records:
+        return ""
 
     def all_of(values: Iterable[str]) -> str:
         return ", ".join(dict.fromkeys(value for value in values if value)) or "not recorded"
 
     dates = sorted(record.date[:10] for record in records)
-    hardware = all_of(
-        f"{r.hardware.get('cpu')}, {r.hardware.get('cpus')} cores, {r.hardware.get('threads')} a run"
-        if r.hardware.get("device", "cpu").startswith("cpu")
-        else str(r.hardware["device"])
-        for r in records
+    day = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    commands = all_of(f"`{public_command(record.command)}`" for record in records)
+    commits = all_of(record.versions.get("commit", "") for record in records)
+    torch = all_of(record.versions.get("torch", "") for record in records)
+    cost = duration(sum(record.seconds for record in records))
+    machine = all_of(map(_machine, records))
+    return (
+        f"Made by {commands}, commit {commits}, PyTorch {torch}, {machine}, {day}: {len(records)} runs, {cost} in all."
     )
-    seconds = sum(record.seconds for record in records)
-    return [
-        f"command: {all_of(record.command for record in records)}",
-        f"commit: {all_of(record.versions.get('commit', '') for record in records)}; "
-        f"PyTorch {all_of(record.versions.get('torch', '') for record in records)}",
-        f"machine: {hardware}",
-        f"date: {dates[0]}" + (f" to {dates[-1]}" if dates[-1] != dates[0] else ""),
-        f"cost: {len(records)} runs, {duration(seconds)} of one run after the other",
-    ]
+
+
+def _machine(record: Record) -> str:
+    found = record.hardware
+    if not str(found.get("device", "cpu")).startswith("cpu"):
+        return str(found["device"])
+    return f"{found.get('cpu')}, {found.get('cpus')} cores, {found.get('threads')} a run"
 
 
 def duration(seconds: float) -> str:
@@ -159,6 +171,17 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{minutes} min" if minutes < 120 else f"{hours:.1f} h"
+
+
+def as_page(title: str, note: str, grids: Sequence[Grid], found: Sequence[Verdict]) -> str:
+    """A study as a page of Markdown: what it is, its tables, and what our runs say of each claim."""
+    parts = [f"# {title}", *([note] if note else [])]
+    for grid in grids:
+        parts += [f"## {grid.title}", as_markdown(grid)]
+    if found:
+        parts += ["## What the paper claims, and what our runs say", summed_up(found)]
+        parts += ["\n".join(f"- {v.claim}: **{v.outcome}** ({v.reason})" for v in found)]
+    return "\n\n".join(parts) + "\n"
 
 
 def as_markdown(grid: Grid) -> str:

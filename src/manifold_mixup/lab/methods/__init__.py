@@ -9,6 +9,7 @@ from manifold_mixup.lab.errors import UnknownName
 from manifold_mixup.lab.methods.adamixup import AdaMixUp
 from manifold_mixup.lab.methods.base import BatchTransform, Method
 from manifold_mixup.lab.methods.batch_norm import BatchNorm
+from manifold_mixup.lab.methods.blocked_gradient import BlockedGradient
 from manifold_mixup.lab.methods.cutmix import CutMix
 from manifold_mixup.lab.methods.cutout import Cutout
 from manifold_mixup.lab.methods.dropout import Dropout
@@ -30,6 +31,7 @@ METHODS: dict[str, type[Method[Any]]] = {
         Plain,
         InputMixup,
         ManifoldMixupMethod,
+        BlockedGradient,
         LastLayerMixup,
         NoisyFeatureMixup,
         AdaMixUp,

@@ -1,0 +1,142 @@
+"""Pages of the studies at desk scale, and the tables that sum them up, from the records in desk/.
+
+    python docs/results/studies.py collect RUNS   # finished runs of the desk recipes -> desk/RECIPE.jsonl
+    python docs/results/studies.py                # desk/RECIPE.jsonl -> desk/STUDY.md, and tables in both READMEs
+
+A test compares every page and table with what the records make.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from manifold_mixup.lab.recipe import load_recipe, recipe_files
+from manifold_mixup.lab.results import Result, by_seed, read_folder, read_lines, write_lines
+from manifold_mixup.lab.side_by_side import as_page, duration, measured_text, panel_grid, provenance, verdicts
+from manifold_mixup.lab.statistics import paired_difference
+from manifold_mixup.lab.studies import Panel, Study, load_study, study_files
+from manifold_mixup.lab.verdict import OUTCOMES
+
+HERE = Path(__file__).parent
+DESK = HERE / "desk"
+README = HERE.parents[1] / "README.md"
+MAIN = ("none", "input mixup", "manifold mixup")
+BEGIN, END = "<!-- {}: made by docs/results/studies.py -->", "<!-- end of {} -->"
+
+
+def collect(runs: Path) -> None:
+    """Take over the finished runs of every desk recipe as it is today."""
+    for name, path in recipe_files().items():
+        if path.parent.name != "desk" or not (runs / name).is_dir():
+            continue
+        config = load_recipe(name)
+        wanted = {run.config.hash for run in config.runs()}
+        order = [method.label for method in config.methods]
+        found = [result for result in read_folder(runs, name) if result.record.config_hash in wanted]
+        found.sort(key=lambda r: (order.index(r.record.label), r.record.seed))
+        if found:
+            write_lines(found, DESK / f"{name}.jsonl")
+            print(f"{name}: {len(found)} of {len(wanted)} runs")
+
+
+def recorded(panel: Panel) -> list[Result]:
+    """The committed runs of a panel's rows at desk scale."""
+    path = DESK / f"{panel.recipes.get('desk')}.jsonl"
+    labels = {row.label for row in panel.rows}
+    return [r for r in read_lines(path) if r.record.label in labels] if path.exists() else []
+
+
+def pages() -> dict[Path, str]:
+    """Every page that is made as a whole: one for each study with runs."""
+    found = {}
+    for study, parts in _studies():
+        grids = [panel_grid(panel, results, "desk", [provenance(results)]) for panel, results in parts]
+        judged = [verdict for panel, results in parts for verdict in verdicts(panel, results)]
+        found[DESK / f"{study.name}.md"] = as_page(study.title, study.note, grids, judged)
+    return found
+
+
+def _studies() -> Iterator[tuple[Study, list[tuple[Panel, list[Result]]]]]:
+    """The studies with runs, each with those of its panels that have some."""
+    for name in study_files():
+        study = load_study(name)
+        parts = [(panel, results) for panel in study.panels if (results := recorded(panel))]
+        if parts:
+            yield study, parts
+
+
+def overview() -> str:
+    """One line for each study: what its claims came to, how many runs, and what they cost."""
+    heads = ["study", *OUTCOMES[:3], "runs", "cost"]
+    lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
+    for study, parts in _studies():
+        judged = [verdict.outcome for panel, results in parts for verdict in verdicts(panel, results)]
+        records = [result.record for _, results in parts for result in results]
+        counts = [str(judged.count(outcome)) for outcome in OUTCOMES[:3]]
+        cost = duration(sum(record.seconds for record in records))
+        link = f"[{study.title}](desk/{study.name}.md)"
+        lines.append("| " + " | ".join([link, *counts, str(len(records)), cost]) + " |")
+    return "\n".join(lines)
+
+
+def summary() -> str:
+    """One line for each experiment that has no mixing, input mixup and manifold mixup: their test errors and NLL."""
+    heads = ["experiment", "seeds", *(f"{label}, error (%) / NLL" for label in MAIN), "manifold - none, error", "95 %"]
+    lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
+    seen: set[str] = set()
+    for _, parts in _studies():
+        for panel, results in parts:
+            recipe = panel.recipes["desk"]
+            metrics = {column.metric: column for column in panel.columns}
+            labels = {row.label for row in panel.rows}
+            if recipe in seen or not labels >= set(MAIN) or not {"test_error", "test_nll"} <= metrics.keys():
+                continue
+            seen.add(recipe)
+            values = {label: by_seed(results, label, "test_error") for label in MAIN}
+            cells = [
+                " / ".join(
+                    measured_text(by_seed(results, label, metric), metrics[metric])
+                    for metric in ("test_error", "test_nll")
+                )
+                for label in MAIN
+            ]
+            found = paired_difference(values["manifold mixup"], values["none"])
+            interval = "-" if found.low is None else f"[{found.low:+.2f}, {found.high:+.2f}]"
+            title = load_recipe(recipe).description
+            row = [title, str(found.n), *cells, f"{found.mean:+.2f}", interval]
+            lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def with_table(text: str, name: str, table: str) -> str:
+    """A page with the table between two marks replaced."""
+    begin, end = BEGIN.format(name), END.format(name)
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    if not pattern.search(text):
+        raise SystemExit(f"there is no {begin} ... {end}")
+    return pattern.sub(lambda _: f"{begin}\n\n{table}\n\n{end}", text)
+
+
+def everything() -> dict[Path, str]:
+    """All that this script writes, by file."""
+    results = HERE / "README.md"
+    return {
+        **pages(),
+        results: with_table(results.read_text(encoding="utf-8"), "overview", overview()),
+        README: with_table(README.read_text(encoding="utf-8"), "summary", summary()),
+    }
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["collect"]:
+        collect(Path(sys.argv[2]))
+        return
+    for path, text in everything().items():
+        path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
