@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from manifold_mixup.lab.config import ExperimentConfig
 from manifold_mixup.lab.data import DATASETS, Places, describe_data
 from manifold_mixup.lab.errors import LabError, RecipeError, StorageError, UnknownName, UsageError
+from manifold_mixup.lab.inheritance import inherit
 from manifold_mixup.lab.models import MODELS
 from manifold_mixup.lab.parsing import parse_config
 
@@ -68,20 +69,30 @@ class Overrides:
 
 
 def recipe_files() -> dict[str, Path]:
-    """The recipes that come with the package, by name."""
-    return {path.stem: path for path in sorted(RECIPES.rglob("*.toml"))}
+    """The recipes that come with the package, by name.
+
+    Raises:
+        RecipeError: Two files have one name.
+    """
+    files: dict[str, Path] = {}
+    for path in sorted(RECIPES.rglob("*.toml")):
+        if path.stem in files:
+            both = " and ".join(str(p.relative_to(RECIPES)) for p in (files[path.stem], path))
+            raise RecipeError(f"recipe {path.stem}", [f"{both} have one name; rename one of them"])
+        files[path.stem] = path
+    return files
 
 
 def read_recipe(name_or_path: str) -> tuple[dict[str, Any], str]:
-    """The plain values of a recipe and what to call it in errors.
+    """The plain values of a recipe, with those of the recipes that it extends, and what to call it in errors.
 
     Args:
         name_or_path: The name of a recipe of the package, or the path of a TOML file.
 
     Raises:
         UnknownName: There is no such recipe.
-        RecipeError: The file is no TOML.
-        StorageError: The file cannot be read.
+        RecipeError: A file is no TOML, or extends what does not exist or what extends it in turn.
+        StorageError: A file cannot be read.
     """
     path = Path(name_or_path)
     if path.suffix != ".toml":
@@ -89,13 +100,32 @@ def read_recipe(name_or_path: str) -> tuple[dict[str, Any], str]:
         if name_or_path not in known:
             raise UnknownName("recipe", name_or_path, known)
         path = known[name_or_path]
+    source = f"recipe {name_or_path}"
+    return _read(path, source, []), source
+
+
+def _read(path: Path, source: str, children: Sequence[Path]) -> dict[str, Any]:
+    """The values of one file on top of those of its parents; ``children`` led to it."""
     try:
-        text = path.read_text(encoding="utf-8")
-        return tomllib.loads(text), f"recipe {name_or_path}"
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise StorageError(path, error, "read the recipe") from error
     except ValueError as error:  # TOML mistakes and bytes that are no UTF-8
-        raise RecipeError(f"recipe {name_or_path}", [f"it is no TOML: {error}"]) from error
+        raise RecipeError(source, [f"it is no TOML: {error}"]) from error
+    if "extends" not in tree:
+        return tree
+    parent = tree.pop("extends")
+    if not isinstance(parent, str):
+        raise RecipeError(source, [f"extends: it should be a recipe's name or path, not {parent!r}"])
+    known = recipe_files()
+    if not parent.endswith(".toml") and parent not in known:
+        raise RecipeError(source, [f"extends: {UnknownName('recipe', parent, known)}"])
+    origin = path.parent / parent if parent.endswith(".toml") else known[parent]
+    chain = [*children, path.resolve()]
+    if origin.resolve() in chain:
+        circle = " extends ".join(p.stem for p in (*chain, origin))
+        raise RecipeError(source, [f"extends: {circle}, a circle"])
+    return inherit(tree, _read(origin, f"recipe {parent}", chain))
 
 
 def load_recipe(

@@ -140,7 +140,12 @@ def _execute(folder: RunFolder, hooks: Hooks, command: str, places: Places, devi
         seed=run.seed,
         metrics=metrics,
         best=best,
-        train={**fitted.facts, "settings": settings.model_dump(mode="json"), "model_options": model_options},
+        train={
+            **fitted.facts,
+            "settings": settings.model_dump(mode="json"),
+            "model_options": model_options,
+            **({"data_fingerprint": splits.info.fingerprint} if splits.info.fingerprint else {}),
+        },
         config_hash=run.hash,
         versions=_versions(),
         hardware=_hardware(str(fabric.device), fabric.world_size),

@@ -20,6 +20,7 @@ from manifold_mixup.lab.data.archives import PublishedFile, read_verified
 from manifold_mixup.lab.data.base import DataInfo, Dataset, DataSplits, Examples, Pixels, Places, Report
 from manifold_mixup.lab.data.images import ImageOptions
 from manifold_mixup.lab.data.pickles import read_pickle
+from manifold_mixup.lab.data.png_copy import PngCopy, or_png_copy
 from manifold_mixup.lab.data.published import FileSet, Part, check_examples, from_mirrors, published_images
 from manifold_mixup.lab.errors import CorruptedFile, UsageError
 from manifold_mixup.lab.options import NoOptions
@@ -31,6 +32,7 @@ __all__ = [
     "CIFAR10_FILES",
     "CIFAR10_KEYS",
     "CIFAR100",
+    "CIFAR100_COPY",
     "CIFAR100_FILES",
     "CIFAR100_KEYS",
     "CifarOptions",
@@ -280,20 +282,33 @@ CIFAR10 = cifar(
     CIFAR10_KEYS,
 )
 
-CIFAR100 = cifar(
-    DataInfo(
-        name="cifar100",
-        title="CIFAR-100: small photographs of animals, plants, people and things",
-        shape=SHAPE,
-        classes=tuple(CIFAR100_NAMES.split()),
-        features=COLOURS,
-        source="https://www.cs.toronto.edu/~kriz/cifar.html",
-        terms="no licence stated; cite Krizhevsky 2009",
-        sizes=(50_000, 10_000),
-        pixels=CIFAR100_PIXELS,
+CIFAR100_COPY = PngCopy(
+    folder="CIFAR-100-dataset",
+    source="https://github.com/cyizhuo/CIFAR-100-dataset",
+    digests=(
+        ("train", "be1016fe801524833b5a8479981333427a40262ae4a6a25378a14aa14c337d27"),
+        ("test", "2cd2df109dc14aa1dcb54474f35c2951a45cdffc7352c87d0a623b50033b395b"),
+    ),
+)
+
+CIFAR100 = or_png_copy(
+    cifar(
+        DataInfo(
+            name="cifar100",
+            title="CIFAR-100: small photographs of animals, plants, people and things",
+            shape=SHAPE,
+            classes=tuple(CIFAR100_NAMES.split()),
+            features=COLOURS,
+            source="https://www.cs.toronto.edu/~kriz/cifar.html",
+            terms="no licence stated; cite Krizhevsky 2009",
+            sizes=(50_000, 10_000),
+            pixels=CIFAR100_PIXELS,
+        ),
+        CIFAR100_FILES,
+        CIFAR100_KEYS,
     ),
     CIFAR100_FILES,
-    CIFAR100_KEYS,
+    CIFAR100_COPY,
 )
 
 CIFAR10_1 = cifar10_1(
