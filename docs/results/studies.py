@@ -18,6 +18,7 @@ from manifold_mixup.lab.results import Result, by_seed, read_folder, read_lines,
 from manifold_mixup.lab.side_by_side import as_page, duration, measured_text, panel_grid, provenance, verdicts
 from manifold_mixup.lab.statistics import paired_difference
 from manifold_mixup.lab.studies import Panel, Study, load_study, study_files
+from manifold_mixup.lab.theory_runs import NOTE, TITLE, read_theory, theory_grids, write_theory
 from manifold_mixup.lab.verdict import OUTCOMES
 
 HERE = Path(__file__).parent
@@ -40,6 +41,8 @@ def collect(runs: Path) -> None:
         if found:
             write_lines(found, DESK / f"{name}.jsonl")
             print(f"{name}: {len(found)} of {len(wanted)} runs")
+    if (runs / "theory").is_dir():
+        write_theory(*read_theory(runs), DESK)
 
 
 def recorded(panel: Panel) -> list[Result]:
@@ -56,6 +59,7 @@ def pages() -> dict[Path, str]:
         grids = [panel_grid(panel, results, "desk", [provenance(results)]) for panel, results in parts]
         judged = [verdict for panel, results in parts for verdict in verdicts(panel, results)]
         found[DESK / f"{study.name}.md"] = as_page(study.title, study.note, grids, judged)
+    found[DESK / "theory.md"] = as_page(TITLE, NOTE, theory_grids(*read_theory(DESK)), [])
     return found
 
 
@@ -79,6 +83,11 @@ def overview() -> str:
         cost = duration(sum(record.seconds for record in records))
         link = f"[{study.title}](desk/{study.name}.md)"
         lines.append("| " + " | ".join([link, *counts, str(len(records)), cost]) + " |")
+    theory, made = read_theory(DESK)
+    passed = [check.passed for check in theory.checks if check.passed is not None]
+    counts = [f"{sum(passed)} checks passed", f"{len(passed) - sum(passed)} failed", "-"]
+    cells = [f"[{TITLE}](desk/theory.md)", *counts, f"{len(made['seeds'])} seeds", duration(made["seconds"])]
+    lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

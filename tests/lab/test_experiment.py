@@ -163,7 +163,7 @@ def test_ctrl_c_at_the_last_step_keeps_that_run_and_starts_no_other(tmp_path):
 
 
 def test_a_second_ctrl_c_cuts_in():
-    with pytest.raises(KeyboardInterrupt), module._stop_on_ctrl_c() as stop:
+    with pytest.raises(KeyboardInterrupt), module.stop_on_ctrl_c() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop()
         os.kill(os.getpid(), signal.SIGINT)

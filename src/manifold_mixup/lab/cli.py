@@ -23,12 +23,14 @@ from manifold_mixup.lab.flags import (
     DataOption,
     DevicesOption,
     EpochsOption,
+    ExecutorOption,
     JobsOption,
     JsonOption,
     MethodOption,
     ModelOption,
     NodesOption,
     QuietOption,
+    RayAddressOption,
     RunsOption,
     SeedsOption,
     SetOption,
@@ -123,6 +125,8 @@ def compare(
     ] = None,
     jobs: JobsOption = 0,
     threads: ThreadsOption = None,
+    executor: ExecutorOption = "local",
+    ray_address: RayAddressOption = None,
     accelerator: AcceleratorOption = "auto",
     devices: DevicesOption = 1,
     nodes: NodesOption = 1,
@@ -167,7 +171,15 @@ def compare(
         config = without_recipe(changes, name=name, places=places)
     else:
         config = load_recipe(recipe, changes, places)
-    how = make_settings(runs, jobs, checkpoint_every, data_dir, (accelerator, devices, nodes))
+    how = make_settings(
+        runs,
+        jobs,
+        checkpoint_every,
+        data_dir,
+        (accelerator, devices, nodes),
+        executor=executor,
+        ray_address=ray_address,
+    )
     outcome = _carry_out([config], how, quiet)
     if not how.devices.first:
         return
@@ -343,13 +355,30 @@ def make_settings(
     checkpoint_every: float,
     data_dir: Path | None = None,
     devices: tuple[str, int, int] = ("auto", 1, 1),
+    *,
+    executor: str = "local",
+    ray_address: str | None = None,
 ) -> Settings:
     """How runs are carried out, as the command line says."""
     from manifold_mixup.lab.data import Places
     from manifold_mixup.lab.devices import Devices
+    from manifold_mixup.lab.errors import UsageError
     from manifold_mixup.lab.experiment import Settings
 
-    return Settings(runs, jobs, _command(), checkpoint_every, Places(data_dir), Devices(*devices))
+    if executor not in ("local", "ray"):
+        raise UsageError(f"--executor {executor!r} should be local or ray")
+    if ray_address is not None and executor != "ray":
+        raise UsageError("--ray-address is read by --executor ray only")
+    return Settings(
+        runs,
+        jobs,
+        _command(),
+        checkpoint_every,
+        Places(data_dir),
+        Devices(*devices),
+        executor=executor,  # type: ignore[arg-type]
+        ray_address=ray_address,
+    )
 
 
 def _carry_out(configs: Sequence[ExperimentConfig], settings: Settings, quiet: bool) -> Outcome:

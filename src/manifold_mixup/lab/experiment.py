@@ -19,16 +19,28 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from manifold_mixup.errors import ManifoldMixupError
 from manifold_mixup.lab.config import ExperimentConfig, PlannedRun
 from manifold_mixup.lab.data import Places, Report, prepare_data
 from manifold_mixup.lab.devices import Devices
-from manifold_mixup.lab.errors import ExperimentStopped, FolderBusy, Interrupted, StorageError
+from manifold_mixup.lab.errors import ExperimentStopped, FolderBusy, Interrupted, StorageError, UsageError
 from manifold_mixup.lab.records import Failure, Record, RunFolder
 
-__all__ = ["Outcome", "Settings", "Silent", "Watcher", "run_experiments"]
+__all__ = [
+    "GRACE",
+    "STOPPED",
+    "TICK",
+    "Outcome",
+    "Settings",
+    "Silent",
+    "Watcher",
+    "attempt",
+    "run_experiments",
+    "silent",
+    "stop_on_ctrl_c",
+]
 
 GRACE = 5.0  # seconds that interrupted runs have to write their checkpoints
 TICK = 0.1  # seconds between two looks at the running processes
@@ -61,7 +73,7 @@ class Silent:
         """Say nothing."""
 
 
-def _unreported(what: str, done: int, total: int) -> None:
+def silent(what: str, done: int, total: int) -> None:
     """Say nothing."""
 
 
@@ -77,6 +89,9 @@ class Settings:
         places: Where the data lie.
         devices: What a run trains on; with several processes there is one job, which all of them share.
         report: Is told about downloads and the decoding of images.
+        executor: ``"local"``, processes of this machine, or ``"ray"``, a Ray cluster.
+        ray_address: Of the cluster, as ``ray.init`` takes it; None starts one on this machine, with ``jobs`` CPUs.
+        gpus_per_run: GPUs, or a share of one, that Ray sets aside for each run; None takes one if this machine has any.
     """
 
     runs: Path
@@ -85,7 +100,10 @@ class Settings:
     checkpoint_seconds: float = 15.0
     places: Places = field(default_factory=Places)
     devices: Devices = field(default_factory=Devices)
-    report: Report = _unreported
+    report: Report = silent
+    executor: Literal["local", "ray"] = "local"
+    ray_address: str | None = None
+    gpus_per_run: float | None = None
 
 
 @dataclass(frozen=True)
@@ -109,9 +127,12 @@ def run_experiments(configs: Sequence[ExperimentConfig], settings: Settings, wat
         ConfigMismatch: A run folder belongs to another configuration; nothing was started.
         FolderBusy: Another process is at work on one of the runs; nothing was started.
         StorageError: The disk is full or the folder cannot be written.
+        UsageError: Ray was asked for runs of several processes.
         LabError: The data cannot be had.
     """
     watcher = watcher or Silent()
+    if settings.executor == "ray" and settings.devices.several:
+        raise UsageError("--executor ray gives each run one process: it does not go with --devices or --nodes above 1")
     folders = [RunFolder(settings.runs, run) for config in configs for run in config.runs()]
     for folder in folders:
         folder.check()
@@ -127,13 +148,18 @@ def run_experiments(configs: Sequence[ExperimentConfig], settings: Settings, wat
     if settings.devices.first:
         for folder in waiting:
             folder.claim()
-            with folder.lock():  # whoever is at work on it is found before anything is started
-                pass
+            if settings.executor == "local":  # on a cluster, workers of a killed driver may take a moment to end
+                with folder.lock():  # whoever is at work on it is found before anything is started
+                    pass
     if settings.devices.first or int(os.environ.get("LOCAL_RANK", "0")) == 0:  # once on every machine
         for name, options in _data_sets(waiting):
             prepare_data(name, options, settings.places, settings.report)
     jobs = 1 if settings.devices.several else min(settings.jobs or os.cpu_count() or 1, len(waiting))
     carry_out = _in_this_process if jobs <= 1 else _in_processes
+    if settings.executor == "ray":
+        from manifold_mixup.lab.ray_executor import in_ray
+
+        carry_out = in_ray
     with contextlib.closing(carry_out(waiting, settings, jobs, watcher)) as finished:
         for folder, result in finished:
             results[folder.path] = result
@@ -154,7 +180,7 @@ def _data_sets(folders: Sequence[RunFolder]) -> list[tuple[str, dict[str, Any]]]
     return found
 
 
-def _attempt(
+def attempt(
     folder: RunFolder, settings: Settings, stop: Callable[[], bool], progress: Callable[[int, int, int], None]
 ) -> Record | Failure:
     """Carry out one run; its own errors become a failure, a stop and a full disk end the whole experiment.
@@ -191,12 +217,12 @@ def _attempt(
 def _in_this_process(
     folders: Sequence[RunFolder], settings: Settings, jobs: int, watcher: Watcher
 ) -> Generator[tuple[RunFolder, Record | Failure], None, None]:
-    with _stop_on_ctrl_c() as stop:
+    with stop_on_ctrl_c() as stop:
         for folder in folders:
             run = folder.run
             watcher.started(run)
             try:
-                result = _attempt(folder, settings, stop, partial(watcher.advanced, run))
+                result = attempt(folder, settings, stop, partial(watcher.advanced, run))
             except Interrupted as error:
                 raise Interrupted(STOPPED) from error
             yield folder, result
@@ -205,7 +231,7 @@ def _in_this_process(
 
 
 @contextlib.contextmanager
-def _stop_on_ctrl_c() -> Iterator[Callable[[], bool]]:
+def stop_on_ctrl_c() -> Iterator[Callable[[], bool]]:
     """Turn the first Ctrl-C into a flag, looked at between two steps, when the state is whole; a second one cuts in."""
     asked = threading.Event()
 
@@ -244,7 +270,7 @@ class _Slot:
         self.folder = folder
         self.progress[3 * self.index : 3 * self.index + 3] = [0, 0, 0]
         with _ctrl_c_held_back():
-            return self.pool.submit(_work, folder, replace(settings, report=_unreported))
+            return self.pool.submit(_work, folder, replace(settings, report=silent))
 
     def reopen(self) -> None:
         """A new process after the old one died."""
@@ -269,7 +295,7 @@ def _in_processes(
     free, waiting = list(slots), list(folders)
     running: dict[Future[Record | Failure | str], _Slot] = {}
     try:
-        with _stop_on_ctrl_c() as stopped:
+        with stop_on_ctrl_c() as stopped:
             while waiting or running:
                 while waiting and free and not stopped():
                     slot = free.pop(0)
@@ -349,6 +375,6 @@ def _work(folder: RunFolder, settings: Settings) -> Record | Failure | str:
         _worker["progress"][place : place + 3] = [step, steps, batch]
 
     try:
-        return _attempt(folder, settings, lambda: bool(_worker["stop"].value), progress)
+        return attempt(folder, settings, lambda: bool(_worker["stop"].value), progress)
     except (Interrupted, StorageError, FolderBusy) as error:
         return str(error)

@@ -15,12 +15,14 @@ __all__ = [
     "DataOption",
     "DevicesOption",
     "EpochsOption",
+    "ExecutorOption",
     "JobsOption",
     "JsonOption",
     "MethodOption",
     "ModelOption",
     "NodesOption",
     "QuietOption",
+    "RayAddressOption",
     "RunsOption",
     "SeedsOption",
     "SetOption",
@@ -67,6 +69,13 @@ DevicesOption = Annotated[
 NodesOption = Annotated[int, typer.Option("--nodes", min=1, help="Machines; start the command on each with torchrun.")]
 AcceleratorOption = Annotated[str, typer.Option("--accelerator", help="auto, cpu, cuda or mps.")]
 JobsOption = Annotated[int, typer.Option("--jobs", "-j", min=0, help="Processes; 0 takes one for every core.")]
+ExecutorOption = Annotated[
+    str, typer.Option("--executor", help="local: processes of this machine. ray: a Ray cluster that sees --runs.")
+]
+RayAddressOption = Annotated[
+    str | None,
+    typer.Option("--ray-address", help="Of a Ray cluster, such as auto or ray://host:10001; unset starts one here."),
+]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object per line on stdout, and nothing else there.")
 ]

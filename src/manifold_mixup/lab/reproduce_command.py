@@ -13,10 +13,12 @@ from manifold_mixup.lab.flags import (
     CheckpointOption,
     DataDirOption,
     DevicesOption,
+    ExecutorOption,
     JobsOption,
     JsonOption,
     NodesOption,
     QuietOption,
+    RayAddressOption,
     RunsOption,
     SeedsOption,
     SetOption,
@@ -64,6 +66,8 @@ def reproduce(
     listing: Annotated[bool, typer.Option("--list", help="Print all studies, what has run, and what it cost.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables in Markdown.")] = False,
     jobs: JobsOption = 0,
+    executor: ExecutorOption = "local",
+    ray_address: RayAddressOption = None,
     accelerator: AcceleratorOption = "auto",
     devices: DevicesOption = 1,
     nodes: NodesOption = 1,
@@ -94,9 +98,17 @@ def reproduce(
         return
     if name is None:
         raise UsageError("say what to reproduce, such as table1; manifold-mixup reproduce --list shows all studies")
-    how = make_settings(runs, jobs, checkpoint_every, data_dir, (accelerator, devices, nodes))
+    how = make_settings(
+        runs,
+        jobs,
+        checkpoint_every,
+        data_dir,
+        (accelerator, devices, nodes),
+        executor=executor,
+        ray_address=ray_address,
+    )
     if name == THEORY:
-        _theory(runs, seeds, markdown=markdown, as_json=as_json, quiet=quiet, show=show)
+        _theory(runs, seeds, how.command, show=show, markdown=markdown, as_json=as_json, quiet=quiet)
         return
     if scale not in SCALES:
         raise UsageError(f"--scale {scale!r} should be {', '.join(SCALES)}")
@@ -178,7 +190,7 @@ def _show(title: str, note: str, grids: Sequence[Grid], found: Sequence[Verdict]
         out.print(table)
     if found:
         rows = [(v.claim, v.outcome, v.reason) for v in found]
-        out.print(display.listing("what the paper claims, and what our runs say", ("claim", "ours", "why"), rows))
+        out.print(display.listing("claims, and what our runs say of them", ("claim", "ours", "why"), rows))
         out.print(escape(summed_up(found)))
 
 
@@ -197,10 +209,37 @@ def _list(runs: Path, as_json: bool) -> None:
             spent = f"{done} of {planned} runs" + (f", {duration(seconds)}" if done else "")
             rows.append((name, study.title, scale, spent, cost))
     if not as_json:
-        rows.append((THEORY, "The theorem's consequences, checked", "", "", "1 minute"))
+        there = any((runs / place / "theory.jsonl").exists() for place in ("", THEORY))
+        rows.append((THEORY, "The theorem's consequences, checked", "", "done" if there else "not run", "1 minute"))
         columns = ("study", "what it is", "scale", f"in {runs}", "cost")
         display.console().print(display.listing("studies", columns, rows))
 
 
-def _theory(runs: Path, seeds: str | None, *, markdown: bool, as_json: bool, quiet: bool, show: bool) -> None:
-    raise NotImplementedError
+def _theory(
+    runs: Path, seeds: str | None, command: str, *, show: bool, markdown: bool, as_json: bool, quiet: bool
+) -> None:
+    """The checks of the theory: they have no scale, no data and no published numbers."""
+    from manifold_mixup.lab import display
+    from manifold_mixup.lab.errors import RunsFailed
+    from manifold_mixup.lab.recipe import parse_seeds
+    from manifold_mixup.lab.side_by_side import as_page
+    from manifold_mixup.lab.theory_runs import NOTE, TITLE, read_theory, run_and_keep, theory_grids
+
+    if show:
+        result, made = read_theory(runs)
+    else:
+        with display.Bars(1, quiet=quiet) as bars:
+            listed = parse_seeds(seeds or "3")
+            result, made = run_and_keep(runs, listed, command, lambda done, of: bars.prepared("theory", done, of))
+    if as_json:
+        for record in result.to_records():
+            print_json(record)
+    elif markdown:
+        typer.echo(as_page(TITLE, NOTE, theory_grids(result, made), []), nl=False)
+    else:
+        _show(TITLE, NOTE, theory_grids(result, made), [])
+    if not result.passed:
+        failed = next(check for check in result.checks if check.passed is False)
+        raise RunsFailed(
+            f"a check failed: {failed.name}, {failed.d} classes, {failed.dim} dimensions, seed {failed.seed}"
+        )

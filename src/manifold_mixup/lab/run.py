@@ -29,7 +29,7 @@ from manifold_mixup.lab.parsing import effective_settings
 from manifold_mixup.lab.records import Record, RunFolder
 from manifold_mixup.lab.training import Hooks, fit
 
-__all__ = ["execute", "fresh_model"]
+__all__ = ["execute", "fresh_model", "hardware", "versions"]
 
 
 def execute(
@@ -147,8 +147,8 @@ def _execute(folder: RunFolder, hooks: Hooks, command: str, places: Places, devi
             **({"data_fingerprint": splits.info.fingerprint} if splits.info.fingerprint else {}),
         },
         config_hash=run.hash,
-        versions=_versions(),
-        hardware=_hardware(str(fabric.device), fabric.world_size),
+        versions=versions(),
+        hardware=hardware(str(fabric.device), fabric.world_size),
         seconds=round(fitted.facts["seconds"] + time.monotonic() - trained, 3),
         command=command,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -176,7 +176,8 @@ def _measure(
     return metrics | finite(more), {name: torch.as_tensor(array) for name, array in arrays.items()}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of everything that has an influence on numbers, and the commit of a source checkout."""
     names = (
         "manifold-mixup",
         "torch",
@@ -187,13 +188,13 @@ def _versions() -> dict[str, str]:
         "timm",
         "torchvision",
     )
-    versions = {"python": platform.python_version()}
+    found = {"python": platform.python_version()}
     for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
+            found[name] = metadata.version(name)
     if commit := _commit():
-        versions["commit"] = commit
-    return versions
+        found["commit"] = commit
+    return found
 
 
 @functools.cache
@@ -223,7 +224,8 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
-def _hardware(device: str, processes: int) -> dict[str, Any]:
+def hardware(device: str, processes: int) -> dict[str, Any]:
+    """The machine: processor, cores, device, and the threads and processes that are used."""
     if device.startswith("cuda"):
         device = torch.cuda.get_device_name(device)
     return {

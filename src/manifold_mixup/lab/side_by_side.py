@@ -179,7 +179,7 @@ def as_page(title: str, note: str, grids: Sequence[Grid], found: Sequence[Verdic
     for grid in grids:
         parts += [f"## {grid.title}", as_markdown(grid)]
     if found:
-        parts += ["## What the paper claims, and what our runs say", summed_up(found)]
+        parts += ["## Claims, and what our runs say of them", summed_up(found)]
         parts += ["\n".join(f"- {v.claim}: **{v.outcome}** ({v.reason})" for v in found)]
     return "\n\n".join(parts) + "\n"
 

@@ -113,8 +113,8 @@ def fit(
         UsageError: A batch is larger than the training split, or cannot be divided among the devices.
     """
     fabric = fabric or make_fabric(Devices(), settings.precision)
-    loop = _Loop(model, method, train, validation, settings, hidden, seed, folder, config_hash, pixels, fabric)
     try:
+        loop = _Loop(model, method, train, validation, settings, hidden, seed, folder, config_hash, pixels, fabric)
         loop.resume()
         loop.run(hooks)
     finally:

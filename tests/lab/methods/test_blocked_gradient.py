@@ -3,16 +3,22 @@
 import copy
 import itertools
 import pickle
+from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
-from lab.small import SPIRAL, equal, one_run, train
-from manifold_mixup.lab.errors import UsageError
+from lab.small import SPIRAL, equal, one_run, train, train_images
+from manifold_mixup.lab.config import TrainConfig
+from manifold_mixup.lab.errors import Interrupted, UsageError
 from manifold_mixup.lab.methods import make_method
 from manifold_mixup.lab.models import build_model
+from manifold_mixup.lab.optim import make_optimizer
+from manifold_mixup.lab.training import Hooks
 
 SEED = 3
 LAYERS = ["input", "0", "1"]
@@ -180,25 +186,66 @@ def test_an_optimiser_leaves_alone_what_is_blocked_momentum_and_decay_included()
     assert all(not still & {"0.0.weight", "2.weight"} for still in moved["input"])
 
 
+def sgd_by_hand(model, grads, momenta, nesterov):
+    """One step of SGD: rate 0.1, momentum 0.9, weight decay 0.1; what has no gradient is left as it is."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if grads[name] is not None:
+                g = grads[name] + 0.1 * p
+                momenta[name] = 0.9 * momenta[name] + g if name in momenta else g
+                p -= 0.1 * (g + 0.9 * momenta[name] if nesterov else momenta[name])
+
+
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_the_fused_optimiser_of_the_lab_steps_like_torchs_loop_over_parameters(nesterov):
+def test_the_labs_fused_optimiser_steps_right_where_first_gradients_come_one_after_the_other(nesterov):
     x, y = batch()
-    results, drawn = [], []
-    for kind in ({"fused": True}, {"foreach": False}):
-        model = network()
-        method, transform = attached(model, ["1", "0", "input"])  # the first batches are blocked
-        options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "nesterov": nesterov}
-        optimizer = torch.optim.SGD(model.parameters(), **options, **kind)
-        for _ in range(9):
-            drawn.append(step(model, method, transform, x, y)[1].layer)
-            if "foreach" in kind:
-                method._handles.pop(2).remove() if len(drawn) == 10 else None  # torch begins by itself
-            optimizer.step()
-        results.append([p.detach().clone() for p in model.parameters()])
-        method.detach()
+    settings = TrainConfig(optimizer="sgd", lr=0.1, momentum=0.9, nesterov=nesterov, weight_decay=0.1)
+    model, twin, momenta, drawn = network(), network(), {}, []
+    method, transform = attached(model, ["1", "0", "input"])
+    optimizer = make_optimizer(model.parameters(), settings)
+    assert optimizer.param_groups[0]["fused"]
+    for _ in range(9):
+        twin.load_state_dict(model.state_dict())
+        grads, draw = step(model, method, transform, x, y)
+        sgd_by_hand(twin, grads, momenta, nesterov)
+        optimizer.step()
+        drawn.append(draw.layer)
+        for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+            assert torch.allclose(p, q, rtol=0, atol=1e-12), name
+    method.detach()
     assert drawn[0] == "1"
     assert set(drawn) == {"1", "0", "input"}
-    assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(*results, strict=True))
+
+
+def test_a_run_stopped_while_some_layers_have_no_momentum_yet_ends_with_the_same_bits(tmp_path):
+    straight, _ = train_images(tmp_path / "straight", method="blocked_gradient")
+    momenta = []
+    for _ in range(5):
+        stops = [False, True]  # one step at a time
+        with pytest.raises(Interrupted):
+            train_images(tmp_path / "broken", Hooks(stop=partial(stops.pop, 0)), method="blocked_gradient")
+        (saved,) = (tmp_path / "broken" / "checkpoint").glob("tensors-*.safetensors")
+        momenta.append(sum("momentum_buffer" in name for name in load_file(saved)))
+    assert momenta == sorted(momenta)
+    assert momenta[0] < momenta[2] < momenta[4]
+    resumed, _ = train_images(tmp_path / "broken", method="blocked_gradient")
+    assert equal(resumed, straight)
+
+
+def test_optimisers_of_other_networks_and_after_detach_begin_as_torch_does():
+    x, y = batch()
+    other, model = network(), network()
+    hooks = len(_global_optimizer_pre_hooks)
+    method, _ = attached(model)
+    for module in (other, model):
+        if module is model:
+            method.detach()
+        # torch does not damp the first gradient, and would if there were a momentum already
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.0, momentum=0.5, dampening=0.5)
+        F.cross_entropy(module(x), y).backward()
+        optimizer.step()
+        assert all(torch.equal(optimizer.state[p]["momentum_buffer"], p.grad) for p in module.parameters())
+    assert len(_global_optimizer_pre_hooks) == hooks
 
 
 class Twice(nn.Module):

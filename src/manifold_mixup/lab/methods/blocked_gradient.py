@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,7 +62,7 @@ class BlockedGradient(ManifoldMixupMethod):
         mix = super().attach(model, hidden, seed)
         self._handles.append(model.register_forward_pre_hook(_Begin(self._state)))
         self._handles.append(model.register_forward_hook(_End(self._state), always_call=True))
-        self._handles.append(register_optimizer_step_pre_hook(_Rest({id(p) for p in model.parameters()})))
+        self._handles.append(register_optimizer_step_pre_hook(_Rest(model)))
 
         def transform(x: Tensor, y: Any) -> tuple[Tensor, Any]:
             x, target = mix(x, y)
@@ -190,16 +191,20 @@ class _Rest:
     their first gradient later than others. A first momentum of m * 0 + g is the g that torch would begin with.
     """
 
-    def __init__(self, parameters: set[int]) -> None:
-        self.parameters = parameters
+    def __init__(self, model: nn.Module) -> None:
+        self.own = {id(p): weakref.ref(p) for p in model.parameters()}  # torch calls the hook for every optimiser
 
     def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if not isinstance(optimizer, torch.optim.SGD):
             return
         for group in optimizer.param_groups:
             for p in group["params"] if group["momentum"] else ():
-                if id(p) in self.parameters and p.grad is not None and "momentum_buffer" not in optimizer.state[p]:
+                if p.grad is not None and self._is_own(p) and "momentum_buffer" not in optimizer.state[p]:
                     optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+    def _is_own(self, parameter: Tensor) -> bool:
+        known = self.own.get(id(parameter))
+        return known is not None and known() is parameter
 
 
 def _constant(tensor: Tensor, rows: Tensor | None) -> Tensor:
