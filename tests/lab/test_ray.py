@@ -103,6 +103,7 @@ def test_an_address_without_a_cluster_is_named(tmp_path):
     [
         (("--executor", "spark"), "--executor 'spark' should be local or ray"),
         (("--ray-address", "auto"), "--ray-address is read by --executor ray only"),
+        (("--gpus-per-run", "0.25"), "--gpus-per-run is read by --executor ray only"),
     ],
 )
 def test_bad_choices_are_named(tmp_path, arguments, message):

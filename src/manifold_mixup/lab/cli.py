@@ -6,8 +6,6 @@ Heavy modules are imported inside the commands, so that ``--help`` answers at on
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +22,7 @@ from manifold_mixup.lab.flags import (
     DevicesOption,
     EpochsOption,
     ExecutorOption,
+    GpusPerRunOption,
     JobsOption,
     JsonOption,
     MethodOption,
@@ -39,14 +38,15 @@ from manifold_mixup.lab.flags import (
     TrainExamplesOption,
     WidthOption,
 )
+from manifold_mixup.lab.invocation import command_line, make_settings, run_all
 from manifold_mixup.lab.listings import datasets, layers, measures, methods, print_json
 from manifold_mixup.lab.reproduce_command import reproduce
 
 if TYPE_CHECKING:
     from manifold_mixup.lab.config import ExperimentConfig
-    from manifold_mixup.lab.experiment import Outcome, Settings
+    from manifold_mixup.lab.experiment import Outcome
 
-__all__ = ["app", "main", "make_settings"]
+__all__ = ["app", "main"]
 
 app = typer.Typer(
     name="manifold-mixup",
@@ -95,7 +95,7 @@ def demo(
 
     keep = ("none", "input_mixup", "manifold_mixup")
     configs = [load_recipe(name, Overrides(seeds=seeds, keep=keep)) for name in ("spiral", "digits")]
-    outcome = _carry_out(configs, make_settings(runs, jobs, checkpoint_every), quiet)
+    outcome = run_all(configs, make_settings(runs, jobs, checkpoint_every), quiet)
     _print_comparison(outcome, configs, runs / "demo.html", "Manifold Mixup: the demo", as_json)
 
 
@@ -127,6 +127,7 @@ def compare(
     threads: ThreadsOption = None,
     executor: ExecutorOption = "local",
     ray_address: RayAddressOption = None,
+    gpus_per_run: GpusPerRunOption = None,
     accelerator: AcceleratorOption = "auto",
     devices: DevicesOption = 1,
     nodes: NodesOption = 1,
@@ -180,7 +181,7 @@ def compare(
         executor=executor,
         ray_address=ray_address,
     )
-    outcome = _carry_out([config], how, quiet)
+    outcome = run_all([config], how, quiet)
     if not how.devices.first:
         return
     if figure is not None:
@@ -248,7 +249,7 @@ def train(
     else:
         config = load_recipe(recipe, changes, places)
     how = make_settings(runs, 1, checkpoint_every, data_dir, (accelerator, devices, nodes))
-    outcome = _carry_out([config], how, quiet)
+    outcome = run_all([config], how, quiet)
     if not how.devices.first:
         return
     for record in outcome.records:
@@ -329,7 +330,7 @@ def evaluate(
                     by_order=classes_by_order,
                     places=Places(data_dir),
                     devices=Devices(accelerator),
-                    command=_command(),
+                    command=command_line(),
                 )
             )
     if as_json:
@@ -343,51 +344,6 @@ def evaluate(
 
 for command in (reproduce, methods, measures, datasets, layers):
     app.command()(command)
-
-
-def _command() -> str:
-    return shlex.join(["manifold-mixup", *sys.argv[1:]])
-
-
-def make_settings(
-    runs: Path,
-    jobs: int,
-    checkpoint_every: float,
-    data_dir: Path | None = None,
-    devices: tuple[str, int, int] = ("auto", 1, 1),
-    *,
-    executor: str = "local",
-    ray_address: str | None = None,
-) -> Settings:
-    """How runs are carried out, as the command line says."""
-    from manifold_mixup.lab.data import Places
-    from manifold_mixup.lab.devices import Devices
-    from manifold_mixup.lab.errors import UsageError
-    from manifold_mixup.lab.experiment import Settings
-
-    if executor not in ("local", "ray"):
-        raise UsageError(f"--executor {executor!r} should be local or ray")
-    if ray_address is not None and executor != "ray":
-        raise UsageError("--ray-address is read by --executor ray only")
-    return Settings(
-        runs,
-        jobs,
-        _command(),
-        checkpoint_every,
-        Places(data_dir),
-        Devices(*devices),
-        executor=executor,  # type: ignore[arg-type]
-        ray_address=ray_address,
-    )
-
-
-def _carry_out(configs: Sequence[ExperimentConfig], settings: Settings, quiet: bool) -> Outcome:
-    from manifold_mixup.lab import display
-    from manifold_mixup.lab.experiment import run_experiments
-
-    planned = sum(len(config.methods) * len(config.seeds) for config in configs)
-    with display.Bars(planned, quiet=quiet or not settings.devices.first) as bars:
-        return run_experiments(configs, dataclasses.replace(settings, report=bars.prepared), bars)
 
 
 def _print_comparison(

@@ -16,6 +16,7 @@ __all__ = [
     "DevicesOption",
     "EpochsOption",
     "ExecutorOption",
+    "GpusPerRunOption",
     "JobsOption",
     "JsonOption",
     "MethodOption",
@@ -75,6 +76,10 @@ ExecutorOption = Annotated[
 RayAddressOption = Annotated[
     str | None,
     typer.Option("--ray-address", help="Of a Ray cluster, such as auto or ray://host:10001; unset starts one here."),
+]
+GpusPerRunOption = Annotated[
+    float | None,
+    typer.Option("--gpus-per-run", min=0.0, help="GPUs, or a share of one, that Ray sets aside for each run."),
 ]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object per line on stdout, and nothing else there.")

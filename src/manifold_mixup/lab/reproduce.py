@@ -234,7 +234,7 @@ def stand(study: Study, runs: Path) -> list[tuple[Scale, int, int, float, str]]:
                 continue
             labels, seeds = config
             planned += len(labels) * len(seeds)
-            costs.append(cost_of(panel.recipes[scale]))
+            costs.append(cost_of(panel.recipes[scale]).partition(";")[0])
             for result in results_of(runs, panel.recipes[scale]):
                 if result.record.label in labels and result.record.seed in seeds:
                     done += 1

@@ -14,6 +14,7 @@ from manifold_mixup.lab.flags import (
     DataDirOption,
     DevicesOption,
     ExecutorOption,
+    GpusPerRunOption,
     JobsOption,
     JsonOption,
     NodesOption,
@@ -23,6 +24,7 @@ from manifold_mixup.lab.flags import (
     SeedsOption,
     SetOption,
 )
+from manifold_mixup.lab.invocation import make_settings
 from manifold_mixup.lab.listings import print_json
 
 if TYPE_CHECKING:
@@ -68,6 +70,7 @@ def reproduce(
     jobs: JobsOption = 0,
     executor: ExecutorOption = "local",
     ray_address: RayAddressOption = None,
+    gpus_per_run: GpusPerRunOption = None,
     accelerator: AcceleratorOption = "auto",
     devices: DevicesOption = 1,
     nodes: NodesOption = 1,
@@ -87,7 +90,6 @@ def reproduce(
 
     Example: [bold]manifold-mixup reproduce --list[/bold]
     """
-    from manifold_mixup.lab.cli import make_settings
     from manifold_mixup.lab.data import Places
     from manifold_mixup.lab.errors import UsageError
     from manifold_mixup.lab.reproduce import gather, plan

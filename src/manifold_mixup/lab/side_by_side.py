@@ -58,12 +58,18 @@ def panel_grid(panel: Panel, results: Iterable[Result], scale: Scale, notes: Seq
     """
     results = list(results)
     # a number that was never published has no column of dashes
-    known = {c.metric: any(panel.twin(row, c) is not None for row in panel.rows) for c in panel.columns}
-    any_known = any(known.values())
+    known = [any(panel.twin(row, c) is not None for row in panel.rows) for c in panel.columns]
+    any_known, first = any(known), panel.rows[0]
 
     def cells(row: Row, column: Column, published: bool) -> list[str]:
-        ours = measured_text(by_seed(results, row.label, column.metric), column)
-        return [_printed(panel.twin(row, column)), ours] if published else [ours]
+        values = by_seed(results, row.label, column.metric)
+        if column.relative:
+            base = by_seed(results, first.label, column.metric)
+            values = {seed: value / base[seed] for seed, value in values.items() if base.get(seed)}
+        ours = measured_text(values, column)
+        if not published:
+            return [ours]
+        return [_printed(panel.twin(row, column), panel.twin(first, column) if column.relative else None), ours]
 
     def kinds(published: bool) -> tuple[str, ...]:
         return ("published", scale) if published else (scale,)
@@ -78,18 +84,21 @@ def panel_grid(panel: Panel, results: Iterable[Result], scale: Scale, notes: Seq
         ]
         body.append(["runs", *(c for row in panel.rows for c in [*[""] * any_known, str(runs[row.label])])])
     else:
-        head = ["method", *(f"{c.heading}, {kind}" for c in panel.columns for kind in kinds(known[c.metric])), "runs"]
+        columns = list(zip(panel.columns, known, strict=True))
+        head = ["method", *(f"{c.heading}, {kind}" for c, published in columns for kind in kinds(published)), "runs"]
         body = [
-            [row.label, *(cell for c in panel.columns for cell in cells(row, c, known[c.metric])), str(runs[row.label])]
+            [row.label, *(cell for c, published in columns for cell in cells(row, c, published)), str(runs[row.label])]
             for row in panel.rows
         ]
     return Grid(title, head, body, [*([panel.note] if panel.note else []), *notes])
 
 
-def _printed(entry: Published | None) -> str:
-    """A published number as it is printed."""
+def _printed(entry: Published | None, base: Published | None = None) -> str:
+    """A published number as it is printed, or its ratio to another one."""
     if entry is None:
         return NOTHING
+    if base is not None:
+        return f"{entry.value / base.value:.2f}"
     digits = max(2 if entry.unit == "percent" else 3, _decimals(entry.value))
     if entry.unit == "1":
         digits = 2
@@ -104,7 +113,7 @@ def measured_text(values: Mapping[int, float], column: Column) -> str:
     """A number of ours as mean ± sd over the seeds; runs that diverged are counted, not averaged."""
     if not values:
         return NOTHING
-    digits = describe(column.metric).digits
+    digits = 2 if column.relative else describe(column.metric).digits
     shown = [100 - v for v in values.values()] if column.complement else list(values.values())
     finite = [v for v in shown if math.isfinite(v)]
     if len(finite) < len(shown):

@@ -37,6 +37,7 @@ class Column(Options):
     metric: str = Field(description="its name in our records and evaluations")
     published: str | None = Field(default=None, description="its name among the published numbers, if there are any")
     complement: bool = Field(default=False, description="show 100 minus ours: accuracy where we record an error")
+    relative: bool = Field(default=False, description="show the ratio to the panel's first row, seed by seed")
     title: str | None = Field(default=None, description="its name in the table; unset: what the measure calls it")
 
     @property
@@ -48,6 +49,8 @@ class Column(Options):
     def heading(self) -> str:
         """Its name with its unit."""
         metric = describe(self.metric)
+        if self.relative:
+            return f"{self.title or metric.title}, ratio to the first row"
         title = self.title or (metric.title.replace("error", "accuracy") if self.complement else metric.title)
         return f"{title} ({metric.unit})" if metric.unit else title
 
@@ -90,7 +93,7 @@ class Panel(Options):
 
     def column(self, metric: str) -> Column:
         """The column of a number of ours."""
-        return next(column for column in self.columns if column.metric == metric)
+        return next(column for column in self.columns if column.metric == metric and not column.relative)
 
     def twins(self) -> Iterator[Published]:
         """All published numbers of the panel."""

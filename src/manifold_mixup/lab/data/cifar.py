@@ -1,7 +1,8 @@
 """CIFAR-10, CIFAR-100 and CIFAR-10.1: 32x32 colour photographs.
 
-The first two are read from the "python version" of their archives; the third is a later test set for networks that
-were trained on CIFAR-10 (Recht, Roelofs, Schmidt and Shankar 2018), in its version 6.
+The first two are read from the "python version" of their archives, CIFAR-100 also from a public copy as PNG files; the
+third is a later test set for networks that were trained on CIFAR-10 (Recht, Roelofs, Schmidt and Shankar 2018), in its
+version 6.
 """
 
 from __future__ import annotations
@@ -196,6 +197,14 @@ CIFAR10_FILES = FileSet(
 )
 
 CIFAR100_KEYS = Keys(train=("train",), test=("test",), meta="meta", labels="fine_labels", names="fine_label_names")
+CIFAR100_COPY = PngCopy(
+    folder="CIFAR-100-dataset",
+    source="https://github.com/cyizhuo/CIFAR-100-dataset",
+    digests=(
+        ("train", "be1016fe801524833b5a8479981333427a40262ae4a6a25378a14aa14c337d27"),
+        ("test", "2cd2df109dc14aa1dcb54474f35c2951a45cdffc7352c87d0a623b50033b395b"),
+    ),
+)
 CIFAR100_FILES = FileSet(
     name="cifar100",
     files=_members(
@@ -217,6 +226,7 @@ CIFAR100_FILES = FileSet(
         unpacked_size=200_000_000,
     ),
     folder="cifar-100-python",
+    otherwise=CIFAR100_COPY.instead,
 )
 
 CIFAR10_1_MIRRORS = (
@@ -280,15 +290,6 @@ CIFAR10 = cifar(
     ),
     CIFAR10_FILES,
     CIFAR10_KEYS,
-)
-
-CIFAR100_COPY = PngCopy(
-    folder="CIFAR-100-dataset",
-    source="https://github.com/cyizhuo/CIFAR-100-dataset",
-    digests=(
-        ("train", "be1016fe801524833b5a8479981333427a40262ae4a6a25378a14aa14c337d27"),
-        ("test", "2cd2df109dc14aa1dcb54474f35c2951a45cdffc7352c87d0a623b50033b395b"),
-    ),
 )
 
 CIFAR100 = or_png_copy(

@@ -31,18 +31,25 @@ class PngCopy:
     Attributes:
         folder: Its folder below ``data_dir``, which holds ``train/CLASS/*.png`` and ``test/CLASS/*.png``.
         source: Where it can be had.
-        digests: The sha256 of the pixels of each part, images ordered by class and then by file name.
+        digests: The sha256 of the pixels of each part, images ordered by class and then by file name. It holds for
+            the labels and the order too, on which the subsets and batches of a run depend.
     """
 
     folder: str
     source: str
     digests: tuple[tuple[Part, str], ...]
 
+    @property
+    def instead(self) -> str:
+        """What an error says where the published files are not at hand."""
+        return f"the copy that 'git clone {self.source}' makes is read as well"
+
     def found(self, places: Places) -> Path | None:
-        """The copy, if it is there."""
+        """The copy, if it or a part of it is there."""
         with suppress(OSError):
-            if places.data_dir is not None and (places.data_dir / self.folder / "train").is_dir():
-                return places.data_dir / self.folder
+            if places.data_dir is not None:
+                folder = places.data_dir / self.folder
+                return folder if any((folder / part).is_dir() for part, _ in self.digests) else None
         return None
 
 
@@ -52,7 +59,8 @@ def or_png_copy(published: Dataset, files: FileSet, copy: PngCopy) -> Dataset:
     Args:
         published: The set as it is read from its published files.
         files: Those files.
-        copy: The copy.
+        copy: The copy. Its checksums go into the fingerprint of the facts, so that a run which began on the published
+            files cannot go on with it, nor the other way round.
     """
     info = published.info
 
@@ -92,10 +100,17 @@ def or_png_copy(published: Dataset, files: FileSet, copy: PngCopy) -> Dataset:
 
 
 def _read(info: DataInfo, copy: PngCopy, folder: Path, part: Part, places: Places, report: Report) -> Examples:
-    """One part of a copy, decoded once and then kept in the cache."""
+    """One part of a copy, decoded once and then kept in the cache.
+
+    Raises:
+        CorruptedFile: An image is missing, cannot be decoded or has another size, or the pixels are not the pinned
+            ones.
+        StorageError: A file or folder cannot be read, or the cache cannot be written.
+        MissingExtra: Pillow is not installed.
+    """
     assert info.sizes is not None
     each = info.sizes[part == "test"] // len(info.classes)
-    again = f"get {copy.source} again"
+    again = f"delete {folder} and 'git clone {copy.source}' again, or name another folder with --data-dir"
     names, labels = [], []
     for label, name in enumerate(info.classes):
         there = sorted(_images(folder / part / name))
@@ -115,7 +130,10 @@ def _read(info: DataInfo, copy: PngCopy, folder: Path, part: Part, places: Place
             f"{root}: {name} has {width}x{height} pixels, not {info.shape[-1]}x{info.shape[-2]}; {again}"
         )
     if found.digest != dict(copy.digests)[part]:
-        raise CorruptedFile(f"{root}: the pixels are not the published ones (sha256 {found.digest}); {again}")
+        raise CorruptedFile(
+            f"{root}: the pixels are not the published ones: their sha256 is {found.digest}, not "
+            f"{dict(copy.digests)[part]}; {again}"
+        )
     return check_examples(info, part, found.images.numpy(), np.array(labels, dtype=np.int64), root)
 
 

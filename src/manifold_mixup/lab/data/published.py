@@ -39,6 +39,7 @@ class FileSet:
         folders: Where below ``data_dir`` the files may lie, besides ``data_dir`` itself.
         archive: The archive in which they were published; None if they were published one by one.
         folder: The folder inside the archive.
+        otherwise: What else is read where the files are not at hand, for errors; empty if there is nothing.
     """
 
     name: str
@@ -46,6 +47,7 @@ class FileSet:
     folders: tuple[str, ...] = ()
     archive: PublishedFile | None = None
     folder: str = ""
+    otherwise: str = ""
 
     def present(self, places: Places) -> bool:
         """Whether everything is at hand, packed or unpacked; no file is read."""
@@ -92,6 +94,7 @@ class FileSet:
     def _fetch(self, places: Places, found: Mapping[str, Path], report: Report) -> None:
         cache, kept = self._cache(places), places.cache / self.name
         hint = f"it was looked for in {', '.join(map(str, (*self._data_folders(places), cache)))}"
+        hint += f"; {self.otherwise}" if self.otherwise else ""
         if self.archive is None:
             for file in self.files:
                 if file.name not in found:
@@ -129,6 +132,7 @@ class FileSet:
         places = ", ".join(file.urls[0] for file in sources if file.urls)
         names = ", ".join(file.name for file in missing)
         text = f"it lacks {names}, to be had from {places}; complete it or name another folder with --data-dir"
+        text += f"; {self.otherwise}" if self.otherwise else ""
         return StorageError(folder, OSError(text), f"read {self.name} from")
 
 
