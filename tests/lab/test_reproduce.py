@@ -97,6 +97,19 @@ def test_published_and_ours_stand_side_by_side(study, tmp_path):
     assert found[1].difference.n == 2
 
 
+def test_a_ratio_is_taken_seed_by_seed_and_of_the_published_numbers(study, tmp_path):
+    pieces = plan(study, "desk")
+    reproduce(pieces, "desk", Settings(tmp_path))
+    ratio = pieces[0].panel.columns[0].model_copy(update={"relative": True, "complement": False})
+    panel = pieces[0].panel.model_copy(update={"columns": [ratio]})
+    grid = panel_grid(panel, pieces[0].results, "desk")
+    base, other = (by_seed(pieces[0].results, label, "test_error") for label in ("none", "hidden only"))
+    ratios = [other[seed] / base[seed] for seed in base]
+    assert grid.rows[0][1:3] == ["1.00", "1.00 ± 0.00"]
+    assert grid.rows[1][1] == f"{2.95 / 4.83:.2f}"
+    assert grid.rows[1][2].startswith(f"{sum(ratios) / 2:.2f} ± ")
+
+
 def test_only_and_seeds_choose(study, tmp_path):
     (piece,) = plan(study, "desk", only=["digits", "none"], seeds="4,5")
     assert [m.label for m in piece.config.methods] == ["none"]
