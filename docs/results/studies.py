@@ -56,11 +56,20 @@ def pages() -> dict[Path, str]:
     """Every page that is made as a whole: one for each study with runs."""
     found = {}
     for study, parts in _studies():
-        grids = [panel_grid(panel, results, "desk", [provenance(results)]) for panel, results in parts]
+        grids = [panel_grid(panel, results, "desk", _notes(panel, results)) for panel, results in parts]
         judged = [verdict for panel, results in parts for verdict in verdicts(panel, results)]
         found[DESK / f"{study.name}.md"] = as_page(study.title, study.note, grids, judged)
     found[DESK / "theory.md"] = as_page(TITLE, NOTE, theory_grids(*read_theory(DESK)), [])
     return found
+
+
+def _notes(panel: Panel, results: list[Result]) -> list[str]:
+    """What ours are, how many are missing, and where they come from."""
+    config = load_recipe(panel.recipes["desk"])
+    labels = {row.label for row in panel.rows}
+    planned = len(config.seeds) * sum(method.label in labels for method in config.methods)
+    short = [f"{len(results)} of {planned} runs are there."] if len(results) < planned else []
+    return [f"Desk: {config.description}.", *short, provenance(results)]
 
 
 def _studies() -> Iterator[tuple[Study, list[tuple[Panel, list[Result]]]]]:

@@ -8,7 +8,7 @@ import pytest
 from lab.test_cli import RECIPE, call  # noqa: F401  the fixture
 from manifold_mixup.lab import recipe as recipes
 from manifold_mixup.lab import studies
-from manifold_mixup.lab.errors import RecipeError, UnknownName, UsageError
+from manifold_mixup.lab.errors import RecipeError, StorageError, UnknownName, UsageError
 from manifold_mixup.lab.experiment import Settings
 from manifold_mixup.lab.recipe import read_recipe, recipe_files
 from manifold_mixup.lab.reproduce import cost_of, gather, plan, reproduce, stand
@@ -132,14 +132,24 @@ def test_data_that_cannot_be_had_leave_the_published_numbers_and_a_reason(study,
     from manifold_mixup.lab import reproduce as module
 
     def no_data(*arguments):
-        raise UsageError("the data are not here")
+        raise StorageError(tmp_path, OSError("the data are not here"), "download")
 
-    monkeypatch.setattr(module, "run_experiments", no_data)
+    monkeypatch.setattr(module, "prepare_data", no_data)
     pieces = plan(study, "desk")
     reproduce(pieces, "desk", Settings(tmp_path))
-    assert (pieces[0].trouble, pieces[0].results) == ("the data are not here", [])
+    assert (pieces[0].trouble, pieces[0].results) == (f"cannot download {tmp_path}: the data are not here", [])
     assert panel_grid(pieces[0].panel, [], "desk").rows[0][1:3] == ["4.83 ± 0.066", "-"]
     assert {v.outcome for v in verdicts(pieces[0].panel, [])} == {"not run"}
+
+
+def test_finished_runs_are_shown_without_their_data(study, tmp_path, monkeypatch):
+    from manifold_mixup.lab import reproduce as module
+
+    reproduce(plan(study, "desk"), "desk", Settings(tmp_path))
+    monkeypatch.setattr(module, "prepare_data", lambda *arguments: pytest.fail("the data were asked for"))
+    pieces = plan(study, "desk")
+    reproduce(pieces, "desk", Settings(tmp_path))
+    assert (len(pieces[0].results), pieces[0].trouble) == (4, "")
 
 
 def test_lines_hold_what_the_folders_do_without_places(study, tmp_path):

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from manifold_mixup.lab.config import ExperimentConfig
-from manifold_mixup.lab.data import Places
+from manifold_mixup.lab.data import Places, prepare_data
 from manifold_mixup.lab.errors import ConfigMismatch, FolderBusy, Interrupted, LabError, StorageError, UsageError
 from manifold_mixup.lab.evaluation import evaluate_run, parse_measures
 from manifold_mixup.lab.experiment import Settings, Watcher, run_experiments
 from manifold_mixup.lab.recipe import Overrides, load_recipe, parse_component, read_recipe, recipe_files
-from manifold_mixup.lab.records import Failure
+from manifold_mixup.lab.records import Failure, RunFolder
 from manifold_mixup.lab.results import Result, measured_with, read_folder, read_lines
 from manifold_mixup.lab.side_by_side import Grid, panel_grid, provenance
 from manifold_mixup.lab.studies import SCALES, Panel, Scale, Study
@@ -130,6 +130,10 @@ def reproduce(
     for piece in pieces:
         if piece.config is None:
             continue
+        if (trouble := _without_data(piece.config, settings)) is not None:
+            piece.trouble = trouble
+            gather(piece, settings.runs)
+            continue
         try:
             outcome = run_experiments([piece.config], settings, watcher)
             piece.failures = outcome.failures
@@ -146,6 +150,17 @@ def reproduce(
                 f"{len(piece.failures)} runs failed; the first: {first.label}, seed {first.seed}: {first.error}"
             )
         gather(piece, settings.runs)
+
+
+def _without_data(config: ExperimentConfig, settings: Settings) -> str | None:
+    """Why the data of runs that are still to be made cannot be had; None if they can, or if nothing is to be made."""
+    if not settings.devices.first or all(RunFolder(settings.runs, run).read() is not None for run in config.runs()):
+        return None
+    try:
+        prepare_data(config.data.name, config.data.options, settings.places, settings.report)
+    except LabError as error:
+        return str(error)
+    return None
 
 
 def gather(piece: Piece, runs: Path) -> None:
@@ -172,17 +187,17 @@ def results_of(runs: Path, recipe: str) -> list[Result]:
 def grids_of(pieces: Sequence[Piece], scale: Scale) -> list[Grid]:
     """The tables of a study, each with what is missing and where its numbers come from."""
     return [
-        panel_grid(p.panel, p.results, scale, [*_missing(p, scale), *filter(None, [provenance(p.results)])])
+        panel_grid(p.panel, p.results, scale, [*_what(p, scale), *filter(None, [provenance(p.results)])])
         for p in pieces
     ]
 
 
-def _missing(piece: Piece, scale: Scale) -> list[str]:
-    """Why a panel shows fewer numbers of ours than it could."""
+def _what(piece: Piece, scale: Scale) -> list[str]:
+    """What ours are, and why there are fewer of them than there could be."""
     if piece.config is None:
         return [f"No recipe of scale {scale} belongs to this part."]
     planned = len(piece.config.methods) * len(piece.config.seeds)
-    notes = [piece.trouble] if piece.trouble else []
+    notes = [f"{scale.capitalize()}: {piece.config.description}.", *([piece.trouble] if piece.trouble else [])]
     return notes if len(piece.results) == planned else [*notes, f"{len(piece.results)} of {planned} runs are there."]
 
 

@@ -102,7 +102,8 @@ def _printed(entry: Published | None, base: Published | None = None) -> str:
     digits = max(2 if entry.unit == "percent" else 3, _decimals(entry.value))
     if entry.unit == "1":
         digits = 2
-    return f"{entry.value:.{digits}f}" if entry.std is None else f"{entry.value:.{digits}f} ± {entry.std:g}"
+    value = f"{entry.value:.{digits}f}"
+    return value if entry.std is None else f"{value} ± {entry.std:.{max(3, _decimals(entry.std))}f}"
 
 
 def _decimals(value: float) -> int:
