@@ -22,7 +22,7 @@ from manifold_mixup.lab.experiment import Settings, run_experiments
 CLI = str(Path(__file__).parents[1] / "cli_process.py")
 RECIPE = """
 name = "grid"
-seeds = [0, 1]
+seeds = [0]
 [data]
 name = "digits"
 options = { train_examples = 50 }
@@ -60,6 +60,7 @@ def outcomes(folder):
     }
 
 
+@pytest.mark.timeout(600)  # Ray starts half a dozen processes, which takes minutes where others have all cores
 def test_a_cluster_gives_the_numbers_of_local_runs_and_a_failed_run_does_not_stop_the_others(tmp_path):
     recipe = tmp_path / "grid.toml"
     recipe.write_text(RECIPE)
@@ -67,15 +68,15 @@ def test_a_cluster_gives_the_numbers_of_local_runs_and_a_failed_run_does_not_sto
         command(recipe, tmp_path / "ray", "--executor", "ray", "--jobs", "2"),
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=500,
     )
     local = subprocess.run(command(recipe, tmp_path / "local", "--jobs", "1"), capture_output=True, text=True)
     assert (ray.returncode, local.returncode) == (1, 1)  # some runs failed
     assert ray.stderr.splitlines()[-1] == local.stderr.splitlines()[-1]
-    assert "2 of 6 runs failed; the first: diverges, seed 0" in ray.stderr
-    assert len(outcomes(tmp_path / "ray")) == 4
+    assert "1 of 3 runs failed; the first: diverges, seed 0" in ray.stderr
+    assert len(outcomes(tmp_path / "ray")) == 2
     assert outcomes(tmp_path / "ray") == outcomes(tmp_path / "local")
-    assert len(list((tmp_path / "ray").rglob("failure.json"))) == 2
+    assert len(list((tmp_path / "ray").rglob("failure.json"))) == 1
 
 
 def test_without_ray_the_error_names_the_extra(tmp_path, monkeypatch):
@@ -173,7 +174,7 @@ def _begun(folder):
 def test_twelve_runs_survive_the_end_of_a_worker_and_of_the_driver(tmp_path, cluster):
     recipe = tmp_path / "grid.toml"
     methods = RECIPE.replace('label = "diverges"\noptions = { sd = 1e38 }', 'label = "noise"')
-    recipe.write_text(methods.replace("seeds = [0, 1]", "seeds = [0, 1, 2, 3]").replace("steps = 12", "steps = 3000"))
+    recipe.write_text(methods.replace("seeds = [0]", "seeds = [0, 1, 2, 3]").replace("steps = 12", "steps = 3000"))
     runs, arguments = tmp_path / "ray", ("--executor", "ray", "--ray-address", cluster, "--checkpoint-every", "0.2")
     subprocess.run(command(recipe, tmp_path / "local"), check=True, stdout=subprocess.DEVNULL, timeout=600)
     with subprocess.Popen(command(recipe, runs, *arguments), stdout=subprocess.DEVNULL) as driver:

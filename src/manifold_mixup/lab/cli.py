@@ -180,6 +180,7 @@ def compare(
         (accelerator, devices, nodes),
         executor=executor,
         ray_address=ray_address,
+        gpus_per_run=gpus_per_run,
     )
     outcome = run_all([config], how, quiet)
     if not how.devices.first:

@@ -3,16 +3,21 @@
 Each run is a task. A worker that dies is replaced, and its run goes on from its last checkpoint; a run that fails by
 itself is not repeated. The cluster's nodes have to see the folder of the runs, and the data, under the same paths. When
 the driver is killed Ray ends its tasks; the same command started again goes on with them.
+
+Deaths are counted here and not by Ray, which starts a task that was killed for want of memory again without end.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from manifold_mixup.lab.config import PlannedRun
@@ -32,6 +37,7 @@ __all__ = ["in_ray"]
 
 RETRIES = 3  # of a run whose worker died
 BUSY = 30.0  # seconds that a worker which is being ended may still hold a run's folder
+UNSEEN = 10.0  # seconds until a network file system shows a new folder to the other nodes
 PAUSE = 0.5  # seconds between two reports of a run
 OBJECTS = 100_000_000  # bytes for Ray's object store; records are small
 
@@ -43,14 +49,16 @@ def in_ray(
 
     Raises:
         MissingExtra: Ray is not installed.
-        UsageError: There is no cluster at the address.
+        UsageError: There is no cluster at the address, or no node of it has the GPUs of a run.
         Interrupted: After Ctrl-C.
         ExperimentStopped: Something that would stop the other runs, too.
     """
     if not folders:
         return
     ray = _import_ray()
-    started = _connect(ray, settings, jobs)
+    cores = os.cpu_count() or 1
+    wanted = sum(_threads(folder.run, cores) for folder in folders)
+    started = _connect(ray, settings, max(jobs, min(settings.jobs or cores, wanted)))
     try:
         yield from _carry_out(ray, folders, settings, watcher)
     finally:
@@ -69,17 +77,20 @@ def _import_ray() -> Any:
     return ray
 
 
-def _connect(ray: Any, settings: Settings, jobs: int) -> bool:
+def _connect(ray: Any, settings: Settings, cpus: int) -> bool:
     """Join the cluster, or start one on this machine; whether it has to be left again."""
     if ray.is_initialized():
         return False
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
-    if settings.ray_address is None:
-        ray.init(num_cpus=jobs, include_dashboard=False, object_store_memory=OBJECTS, **quiet)
+    if settings.ray_address is None:  # "local", or Ray would join whatever cluster it finds here or in RAY_ADDRESS
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=OBJECTS, **quiet)
         return True
+    if paths := os.environ.get("PYTHONPATH"):  # of a source checkout; a cluster was started without it
+        full = os.pathsep.join(str(Path(path).absolute()) for path in paths.split(os.pathsep) if path)
+        quiet["runtime_env"] = {"env_vars": {"PYTHONPATH": f"{full}{os.pathsep}${{PYTHONPATH}}"}}
     try:
         ray.init(address=settings.ray_address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (ConnectionError, ValueError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"there is no Ray cluster at --ray-address {settings.ray_address!r}: {reason}") from error
     return True
@@ -88,18 +99,9 @@ def _connect(ray: Any, settings: Settings, jobs: int) -> bool:
 def _carry_out(
     ray: Any, folders: Sequence[RunFolder], settings: Settings, watcher: Watcher
 ) -> Generator[tuple[RunFolder, Record | Failure], None, None]:
-    board = ray.remote(num_cpus=0)(_Board).remote()
-    plain = replace(settings, report=silent)
-    largest = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
-    running = {}
-    for folder in folders:
-        task = ray.remote(_work).options(
-            num_cpus=min(_threads(folder.run, largest), largest),
-            num_gpus=_gpus(settings),
-            max_retries=RETRIES,
-            retry_exceptions=False,
-        )
-        running[task.remote(folder, plain, board)] = folder
+    start = _starter(ray, settings, board := ray.remote(num_cpus=0, max_restarts=-1)(_Board).remote())
+    running = {start(folder): folder for folder in folders}
+    deaths: Counter[RunFolder] = Counter()
     shown: set[RunFolder] = set()
     with stop_on_ctrl_c() as stopped:
         try:
@@ -112,32 +114,74 @@ def _carry_out(
                 _tell(ray, board, running, watcher, shown)
                 for reference in done:
                     folder = running.pop(reference)
+                    result = _result(ray, reference, folder, again=deaths[folder] < RETRIES)
+                    if result is None:
+                        deaths[folder] += 1
+                        running[start(folder)] = folder
+                        continue
                     if folder not in shown:
                         watcher.started(folder.run)
-                    yield folder, _result(ray, reference, folder)
+                    yield folder, result
         finally:
             for reference in running:
                 with contextlib.suppress(Exception):
                     ray.cancel(reference, force=True)
 
 
-def _threads(run: PlannedRun, largest: int) -> int:
+def _starter(ray: Any, settings: Settings, board: Any) -> Callable[[RunFolder], Any]:
+    """What makes a task of a run and returns Ray's reference to it. Paths are in full: workers start elsewhere."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus = max(int(node.get("CPU", 0)) for node in nodes)
+    gpus = _gpus(settings, max(node.get("GPU", 0.0) for node in nodes))
+    places, here = settings.places, Path.cwd()
+    plain = replace(
+        settings,
+        report=silent,
+        runs=settings.runs.absolute(),
+        places=replace(places, data_dir=places.data_dir and places.data_dir.absolute(), cache=places.cache.absolute()),
+    )
+
+    def start(folder: RunFolder) -> Any:
+        threads = max(1, min(_threads(folder.run, cpus), cpus))
+        task = ray.remote(_work).options(num_cpus=threads, num_gpus=gpus, max_retries=0)
+        return task.remote(RunFolder(plain.runs, folder.run), plain, board, here)
+
+    return start
+
+
+def _threads(run: PlannedRun, cores: int) -> int:
     _, train = effective_settings(run.config)
-    return train.threads or largest
+    return train.threads or cores
 
 
-def _gpus(settings: Settings) -> float:
-    """GPUs of one run: what was said, or one where this machine has some and they are not ruled out."""
+def _gpus(settings: Settings, most: float) -> float:
+    """GPUs of one run: what was said, or one if they are asked for, or not ruled out and there.
+
+    Args:
+        settings: May say how many.
+        most: GPUs of the node that has most of them.
+
+    Raises:
+        UsageError: No node has so many: the run would wait for ever.
+    """
     import torch
 
-    if settings.gpus_per_run is not None:
-        return settings.gpus_per_run
-    return float(settings.devices.accelerator in ("auto", "cuda") and torch.cuda.is_available())
+    here = settings.ray_address is not None or torch.cuda.is_available()  # of what is elsewhere only Ray knows
+    accelerator = settings.devices.accelerator
+    gpus = settings.gpus_per_run
+    if gpus is None:
+        gpus = float(accelerator == "cuda" or (accelerator == "auto" and here and most > 0))
+    if gpus > 1 and gpus != int(gpus):
+        raise UsageError(f"--gpus-per-run {gpus:g}: above 1 it should be a whole number")
+    if gpus > most:
+        asked = "--accelerator cuda" if settings.gpus_per_run is None else f"--gpus-per-run {gpus:g}"
+        raise UsageError(f"{asked}: the Ray cluster has no node with so many GPUs; the most that one has is {most:g}")
+    return gpus
 
 
 def _tell(ray: Any, board: Any, running: dict[Any, RunFolder], watcher: Watcher, shown: set[RunFolder]) -> None:
     """Pass on what the runs have reported; a board that is gone must not end them."""
-    by_path = {str(folder.path): folder for folder in running.values()}
+    by_path = {str(folder.path.absolute()): folder for folder in running.values()}
     with contextlib.suppress(ray.exceptions.RayError):
         for path, progress in ray.get(board.read.remote(), timeout=TICK).items():
             if (folder := by_path.get(path)) is None:
@@ -148,18 +192,26 @@ def _tell(ray: Any, board: Any, running: dict[Any, RunFolder], watcher: Watcher,
             watcher.advanced(folder.run, *progress)
 
 
-def _result(ray: Any, reference: Any, folder: RunFolder) -> Record | Failure:
+def _result(ray: Any, reference: Any, folder: RunFolder, *, again: bool) -> Record | Failure | None:
+    """What became of a run; None if its worker died and it should be started again."""
+    errors, run = ray.exceptions, folder.run
     try:
         result: Record | Failure | str = ray.get(reference)
-    except ray.exceptions.RayError as error:
-        run, reason = folder.run, " ".join(str(error).split())[:200]
+    except (errors.WorkerCrashedError, errors.OutOfMemoryError, errors.NodeDiedError, errors.ObjectLostError) as error:
+        if again:
+            return None
+        reason = " ".join(str(error).split())[:200]
         text = f"its process died {RETRIES + 1} times (killed, or out of memory?): {reason}"
-        failure = Failure(run.experiment, run.label, run.config.seed, text)
-        folder.fail(failure)
-        return failure
+        result = Failure(run.experiment, run.label, run.config.seed, text)
+        folder.fail(result)
+    except errors.RayError as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        text = f"its worker could not begin it, is manifold-mixup installed on every node? {lines[-1].strip()}"
+        result = Failure(run.experiment, run.label, run.config.seed, text, str(error))
+        folder.fail(result)
     if isinstance(result, str):
         raise ExperimentStopped(result)
-    return result
+    return result.model_copy(update={"folder": folder.path}) if isinstance(result, Record) else result
 
 
 class _Board:
@@ -183,22 +235,59 @@ class _Board:
         self._stop = True
 
 
-def _work(folder: RunFolder, settings: Settings, board: Any) -> Record | Failure | str:
-    """In a worker: carry out one run; the text is what ends the whole experiment."""
+def _work(folder: RunFolder, settings: Settings, board: Any, here: Path) -> Record | Failure | str:
+    """In a worker: carry out one run; the text is what ends the whole experiment.
+
+    Args:
+        folder: The folder of the run, in full.
+        settings: How to carry it out, with paths in full.
+        board: The actor for progress and stops.
+        here: Folder of the driver, from which paths in a recipe count.
+    """
+    with contextlib.suppress(OSError):
+        os.chdir(here)
+    if not _seen(folder.path):  # the driver has made it
+        hint = "every node has to see the folder of the runs under the same path"
+        return f"the Ray node {socket.gethostname()} does not see {folder.path}: {hint}"
     latest = [0, 0, 0]
+    if _write(board, str(folder.path), latest):
+        return STOPPED  # it waited for a free worker when the others were stopped
     stop, over = threading.Event(), threading.Event()
 
     def progress(step: int, steps: int, batch: int) -> None:
         latest[:] = step, steps, batch
 
-    reporter = threading.Thread(target=_report, args=(board, str(folder.path), latest, stop, over), daemon=True)
-    reporter.start()
+    def report() -> None:
+        while not over.wait(PAUSE):
+            if _write(board, str(folder.path), latest):
+                stop.set()
+
+    threading.Thread(target=report, daemon=True).start()
     try:
         return _patiently(lambda: attempt(folder, settings, stop.is_set, progress), stop)
     except (Interrupted, StorageError, FolderBusy) as error:
         return str(error)
     finally:
         over.set()
+
+
+def _seen(path: Path) -> bool:
+    end = time.monotonic() + UNSEEN
+    while not path.is_dir():
+        if time.monotonic() > end:
+            return False
+        time.sleep(PAUSE)
+    return True
+
+
+def _write(board: Any, path: str, progress: Sequence[int]) -> bool:
+    """Note the progress of a run; whether it should stop. Without the board it goes on."""
+    import ray
+
+    try:
+        return bool(ray.get(board.write.remote(path, tuple(progress)), timeout=10 * PAUSE))
+    except ray.exceptions.RayError:
+        return False
 
 
 def _patiently(run: Callable[[], Record | Failure], stop: threading.Event) -> Record | Failure:
@@ -210,16 +299,3 @@ def _patiently(run: Callable[[], Record | Failure], stop: threading.Event) -> Re
         except FolderBusy:
             if time.monotonic() > end or stop.wait(PAUSE):
                 raise
-
-
-def _report(board: Any, path: str, latest: list[int], stop: threading.Event, over: threading.Event) -> None:
-    import ray
-
-    while not over.wait(PAUSE):
-        try:
-            if ray.get(board.write.remote(path, tuple(latest)), timeout=10 * PAUSE):
-                stop.set()
-        except ray.exceptions.GetTimeoutError:
-            continue
-        except ray.exceptions.RayError:
-            return  # the board is gone; the run goes on
