@@ -13,11 +13,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
-from lab.small import DIGITS, experiment
+from lab.small import DIGITS, experiment, one_run
+from manifold_mixup.lab import ray_executor
 from manifold_mixup.lab.devices import Devices
-from manifold_mixup.lab.errors import MissingExtra, UsageError
+from manifold_mixup.lab.errors import ExperimentStopped, MissingExtra, UsageError
 from manifold_mixup.lab.experiment import Settings, run_experiments
+from manifold_mixup.lab.records import Failure, RunFolder
 
 CLI = str(Path(__file__).parents[1] / "cli_process.py")
 RECIPE = """
@@ -114,7 +117,97 @@ def test_bad_choices_are_named(tmp_path, arguments, message):
     assert (done.returncode, message in done.stderr) == (2, True)
 
 
-# ---------------------------------------------------------------- killed
+# ---------------------------------------------------------------- its parts
+
+
+@pytest.mark.parametrize(
+    ("said", "accelerator", "address", "cuda_here", "most", "expected"),
+    [
+        (None, "auto", None, False, 0.0, 0.0),
+        (None, "auto", None, True, 2.0, 1.0),
+        (None, "auto", None, False, 2.0, 0.0),  # there is a card, but this machine's torch cannot use it
+        (None, "auto", "host:1", False, 2.0, 1.0),  # the driver has none, the cluster has
+        (None, "cpu", "host:1", True, 2.0, 0.0),
+        (None, "cuda", "host:1", False, 1.0, 1.0),
+        (0.25, "auto", None, True, 1.0, 0.25),
+        (2.0, "auto", None, True, 2.0, 2.0),
+        (0.0, "cuda", None, True, 1.0, 0.0),
+    ],
+)
+def test_gpus_of_a_run_are_what_was_said_or_one_where_it_can_be_used(
+    monkeypatch, said, accelerator, address, cuda_here, most, expected
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda_here)
+    settings = Settings(Path(), devices=Devices(accelerator), ray_address=address, gpus_per_run=said)
+    assert ray_executor._gpus(settings, most) == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "accelerator", "message"),
+    [
+        (1.5, "auto", "--gpus-per-run 1.5: above 1 it should be a whole number"),
+        (4.0, "auto", "--gpus-per-run 4: the Ray cluster has no node with so many GPUs; the most that one has is 0"),
+        (None, "cuda", "--accelerator cuda: the Ray cluster has no node with so many GPUs"),
+    ],
+)
+def test_gpus_that_no_node_has_are_refused_instead_of_waited_for(said, accelerator, message):
+    with pytest.raises(UsageError, match=message):
+        ray_executor._gpus(Settings(Path(), devices=Devices(accelerator), gpus_per_run=said), 0.0)
+
+
+def test_a_node_that_does_not_see_the_folder_says_so_and_makes_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_executor, "UNSEEN", 0.0)
+    monkeypatch.setattr(ray_executor, "PAUSE", 0.01)
+    monkeypatch.chdir(tmp_path)  # a task changes to the driver's folder
+    folder = RunFolder(tmp_path / "elsewhere", one_run(DIGITS))
+    text = ray_executor._work(folder, Settings(tmp_path / "elsewhere"), None, tmp_path)
+    assert f"does not see {folder.path}: every node has to see the folder of the runs" in text
+    assert not list(tmp_path.iterdir())
+
+
+class Answers:
+    """In the place of Ray: what ``ray.get`` returns or raises."""
+
+    def __init__(self, answer):
+        from ray import exceptions
+
+        self.exceptions, self.answer = exceptions, answer
+
+    def get(self, reference):
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+def test_a_dead_worker_is_started_again_until_it_has_died_too_often(tmp_path):
+    from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
+
+    folder = RunFolder(tmp_path, one_run(DIGITS))
+    folder.claim()
+    for error in (WorkerCrashedError(), OutOfMemoryError("no memory left"), NodeDiedError("the node is gone")):
+        assert ray_executor._result(Answers(error), None, folder, again=True) is None
+        assert not (folder.path / "failure.json").exists()
+    failure = ray_executor._result(Answers(OutOfMemoryError("no memory left")), None, folder, again=False)
+    assert isinstance(failure, Failure)
+    assert failure.error == "its process died 4 times (killed, or out of memory?): no memory left"
+    assert json.loads((folder.path / "failure.json").read_text())["error"] == failure.error
+
+
+def test_a_worker_that_cannot_begin_fails_at_once_and_a_text_ends_everything(tmp_path):
+    from ray.exceptions import RaySystemError
+
+    folder = RunFolder(tmp_path, one_run(DIGITS))
+    folder.claim()
+    error = RaySystemError("a trace\nModuleNotFoundError: No module named 'manifold_mixup'")
+    failure = ray_executor._result(Answers(error), None, folder, again=True)
+    assert isinstance(failure, Failure)
+    assert failure.error.startswith("its worker could not begin it, is manifold-mixup installed on every node?")
+    assert failure.error.endswith("No module named 'manifold_mixup'")
+    with pytest.raises(ExperimentStopped, match="the disk is full"):
+        ray_executor._result(Answers("the disk is full"), None, folder, again=True)
+
+
+# ---------------------------------------------------------------- stopped and killed
 
 
 @pytest.fixture
@@ -131,7 +224,7 @@ def cluster(monkeypatch):
     with subprocess.Popen(start, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as head:
         try:
             _wait(lambda: _open(port), 120)
-            yield f"127.0.0.1:{port}"
+            yield f"127.0.0.1:{port}", psutil.Process(head.pid)
         finally:
             children = psutil.Process(head.pid).children(recursive=True)
             head.terminate()
@@ -155,13 +248,12 @@ def _wait(condition, seconds):
     return found
 
 
-def _workers():
-    """Processes that are carrying out a run."""
-    found = []
-    for process in psutil.process_iter(["name", "cmdline"]):
-        if "ray::_work" in " ".join(process.info["cmdline"] or []):
-            found.append(process)
-    return found
+def _worker_of(folder):
+    """The process that is at work on a run, as it has written down; None if there is none at this moment."""
+    with contextlib.suppress(OSError, IndexError, psutil.NoSuchProcess):
+        process = psutil.Process(int((folder / ".lock-owner").read_text().split()[1]))
+        return process if "ray::" in " ".join(process.cmdline()) else None
+    return None
 
 
 def _begun(folder):
@@ -169,29 +261,80 @@ def _begun(folder):
     return [p for p in folder.rglob("checkpoint/state.json") if not (p.parents[1] / "record.json").exists()]
 
 
+def _strictly_increasing(runs):
+    """Every look at the validation split of every run was logged once, in order."""
+    logs = [[json.loads(line)["step"] for line in path.read_text().splitlines()] for path in runs.rglob("log.jsonl")]
+    return bool(logs) and all(steps == sorted(set(steps)) for steps in logs)
+
+
+def _grid(folder, seeds, steps):
+    recipe = folder / "grid.toml"
+    methods = RECIPE.replace('label = "diverges"\noptions = { sd = 1e38 }', 'label = "noise"')
+    recipe.write_text(methods.replace("seeds = [0]", f"seeds = {seeds}").replace("steps = 12", f"steps = {steps}"))
+    return recipe
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_twelve_runs_survive_the_end_of_a_worker_and_of_the_driver(tmp_path, cluster):
-    recipe = tmp_path / "grid.toml"
-    methods = RECIPE.replace('label = "diverges"\noptions = { sd = 1e38 }', 'label = "noise"')
-    recipe.write_text(methods.replace("seeds = [0]", "seeds = [0, 1, 2, 3]").replace("steps = 12", "steps = 3000"))
-    runs, arguments = tmp_path / "ray", ("--executor", "ray", "--ray-address", cluster, "--checkpoint-every", "0.2")
+    address, head = cluster
+    recipe, runs = _grid(tmp_path, [0, 1, 2, 3], 3000), tmp_path / "ray"
+    again = command(recipe, "ray", "--executor", "ray", "--ray-address", address, "--checkpoint-every", "0.2")
     subprocess.run(command(recipe, tmp_path / "local"), check=True, stdout=subprocess.DEVNULL, timeout=600)
-    with subprocess.Popen(command(recipe, runs, *arguments), stdout=subprocess.DEVNULL) as driver:
+    # the folder of the runs is a relative path, and the cluster was started elsewhere
+    with subprocess.Popen(again, stdout=subprocess.DEVNULL, cwd=tmp_path) as driver:
         _wait(lambda: _begun(runs), 200)
-        _workers()[0].kill()
+        _wait(lambda: [w for path in _begun(runs) if (w := _worker_of(path.parents[1]))], 60)[0].kill()
+        boards = [process for process in head.children(recursive=True) if "ray::_Board" in " ".join(process.cmdline())]
+        boards[0].kill()  # progress is lost for a moment, the runs are not
         _wait(lambda: len(outcomes(runs)) >= 3 and _begun(runs), 300)
         assert driver.poll() is None, "it ended before it could be killed"
         driver.send_signal(signal.SIGKILL)
     finished = {path: path.stat().st_mtime_ns for path in runs.rglob("record.json")}
     assert 3 <= len(finished) < 12
-    done = subprocess.run(command(recipe, runs, *arguments), capture_output=True, text=True, timeout=600)
+    done = subprocess.run(again, capture_output=True, text=True, timeout=600, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(outcomes(runs)) == 12
     assert outcomes(runs) == outcomes(tmp_path / "local")
     assert not list(runs.rglob("failure.json"))
     for path, written in finished.items():
         assert path.stat().st_mtime_ns == written  # what was finished was not done again
-    for path in runs.rglob("log.jsonl"):
-        steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
-        assert steps == sorted(set(steps))
+    assert _strictly_increasing(runs)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ctrl_c_leaves_checkpoints_starts_nothing_more_and_the_same_command_goes_on(tmp_path):
+    recipe, runs = _grid(tmp_path, [0, 1], 2000), tmp_path / "ray"
+    again = command(recipe, runs, "--executor", "ray", "--jobs", "2", "--checkpoint-every", "1000")
+    with subprocess.Popen(again, stderr=subprocess.PIPE, text=True, start_new_session=True) as driver:
+        begun = _wait(lambda: len(found := list(runs.rglob("log.jsonl"))) >= 2 and found, 200)
+        os.killpg(driver.pid, signal.SIGINT)  # as a terminal does: everybody in the group gets it
+        _, text = driver.communicate(timeout=120)
+    assert (driver.returncode, "the same command goes on from here" in text) == (130, True), text
+    assert len(begun) == 2
+    assert sorted(runs.rglob("log.jsonl")) == sorted(begun)  # the four that were waiting did not begin
+    assert len(_begun(runs)) == 2  # no checkpoint was due for many minutes: these are those of the stop
+    done = subprocess.run(again, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    assert len(outcomes(runs)) == 6
+    assert _strictly_increasing(runs)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_whose_worker_dies_four_times_has_failed_and_the_others_go_on(tmp_path):
+    recipe, runs = _grid(tmp_path, [0], 4000), tmp_path / "ray"
+    unlucky = runs / "grid" / "none" / "seed-0"
+    killed = set()
+    again = command(recipe, runs, "--executor", "ray", "--jobs", "2", "--checkpoint-every", "0.2")
+    with subprocess.Popen(again, stderr=subprocess.PIPE, text=True) as driver:
+        for _ in range(4):
+            worker = _wait(lambda: (w := _worker_of(unlucky)) and w.pid not in killed and w, 120)
+            killed.add(worker.pid)
+            worker.kill()
+        _, text = driver.communicate(timeout=400)
+    assert driver.returncode == 1
+    assert "1 of 3 runs failed; the first: none, seed 0: its process died 4 times" in text
+    assert (unlucky / "failure.json").exists()
+    assert {path.parts[1] for path in outcomes(runs)} == {"manifold-mixup", "noise"}

@@ -58,18 +58,22 @@ def in_ray(
     ray = _import_ray()
     cores = os.cpu_count() or 1
     wanted = sum(_threads(folder.run, cores) for folder in folders)
-    started = _connect(ray, settings, max(jobs, min(settings.jobs or cores, wanted)))
+    joined = _connect(ray, settings, max(jobs, min(settings.jobs or cores, wanted)))
+    running: dict[Any, RunFolder] = {}
     try:
-        yield from _carry_out(ray, folders, settings, watcher)
+        yield from _carry_out(ray, running, folders, settings, watcher)
     finally:
-        if started:
-            ray.shutdown()
+        if joined:
+            ray.shutdown()  # ends the tasks, too
+        else:
+            _cancel(ray, running)
 
 
 def _import_ray() -> Any:
     # Ray would hide the GPUs of tasks that ask for none, and says in a warning that it will stop doing so.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # or runs would wait for everything else on this machine
     try:
         import ray
     except ModuleNotFoundError as error:
@@ -97,35 +101,40 @@ def _connect(ray: Any, settings: Settings, cpus: int) -> bool:
 
 
 def _carry_out(
-    ray: Any, folders: Sequence[RunFolder], settings: Settings, watcher: Watcher
+    ray: Any, running: dict[Any, RunFolder], folders: Sequence[RunFolder], settings: Settings, watcher: Watcher
 ) -> Generator[tuple[RunFolder, Record | Failure], None, None]:
     start = _starter(ray, settings, board := ray.remote(num_cpus=0, max_restarts=-1)(_Board).remote())
-    running = {start(folder): folder for folder in folders}
+    running.update((start(folder), folder) for folder in folders)
     deaths: Counter[RunFolder] = Counter()
     shown: set[RunFolder] = set()
     with stop_on_ctrl_c() as stopped:
-        try:
-            while running:
-                done, _ = ray.wait(list(running), num_returns=1, timeout=TICK)
-                if stopped():
-                    board.stop.remote()
-                    ray.wait(list(running), num_returns=len(running), timeout=GRACE)
-                    raise Interrupted(STOPPED)
+        while running:
+            done, _ = ray.wait(list(running), num_returns=1, timeout=TICK)
+            if stopped():
+                board.stop.remote()
                 _tell(ray, board, running, watcher, shown)
-                for reference in done:
-                    folder = running.pop(reference)
-                    result = _result(ray, reference, folder, again=deaths[folder] < RETRIES)
-                    if result is None:
-                        deaths[folder] += 1
-                        running[start(folder)] = folder
-                        continue
-                    if folder not in shown:
-                        watcher.started(folder.run)
-                    yield folder, result
-        finally:
-            for reference in running:
-                with contextlib.suppress(Exception):
-                    ray.cancel(reference, force=True)
+                if begun := [reference for reference, folder in running.items() if folder in shown]:
+                    ray.wait(begun, num_returns=len(begun), timeout=GRACE)
+                raise Interrupted(STOPPED)
+            _tell(ray, board, running, watcher, shown)
+            for reference in done:
+                folder = running.pop(reference)
+                result = _result(ray, reference, folder, again=deaths[folder] < RETRIES)
+                if result is None:
+                    deaths[folder] += 1
+                    running[start(folder)] = folder
+                    continue
+                if folder not in shown:
+                    watcher.started(folder.run)
+                yield folder, result
+
+
+def _cancel(ray: Any, running: dict[Any, RunFolder]) -> None:
+    """End the tasks of a cluster that somebody else goes on using; Ray aborts if one is cancelled as it ends."""
+    with contextlib.suppress(Exception):
+        _, left = ray.wait(list(running), num_returns=len(running), timeout=0)
+        for reference in left:
+            ray.cancel(reference, force=True)
 
 
 def _starter(ray: Any, settings: Settings, board: Any) -> Callable[[RunFolder], Any]:
