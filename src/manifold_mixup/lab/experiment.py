@@ -91,7 +91,7 @@ class Settings:
         report: Is told about downloads and the decoding of images.
         executor: ``"local"``, processes of this machine, or ``"ray"``, a Ray cluster.
         ray_address: Of the cluster, as ``ray.init`` takes it; None starts one on this machine, with ``jobs`` CPUs.
-        gpus_per_run: GPUs, or a share of one, that Ray sets aside for each run; None takes one if this machine has any.
+        gpus_per_run: GPUs, or a share of one, that Ray sets aside for each run; None takes one where there are any.
     """
 
     runs: Path

@@ -75,7 +75,7 @@ ExecutorOption = Annotated[
 ]
 RayAddressOption = Annotated[
     str | None,
-    typer.Option("--ray-address", help="Of a Ray cluster, such as auto or ray://host:10001; unset starts one here."),
+    typer.Option("--ray-address", help="Of a Ray cluster, such as auto or host:6379; unset starts one here."),
 ]
 GpusPerRunOption = Annotated[
     float | None,
