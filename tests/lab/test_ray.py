@@ -337,4 +337,4 @@ def test_a_run_whose_worker_dies_four_times_has_failed_and_the_others_go_on(tmp_
     assert driver.returncode == 1
     assert "1 of 3 runs failed; the first: none, seed 0: its process died 4 times" in text
     assert (unlucky / "failure.json").exists()
-    assert {path.parts[1] for path in outcomes(runs)} == {"manifold-mixup", "noise"}
+    assert {path.parts[1] for path in outcomes(runs)} == {"manifold_mixup", "noise"}
