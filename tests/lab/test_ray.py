@@ -227,7 +227,7 @@ def cluster(monkeypatch):
             yield f"127.0.0.1:{port}", psutil.Process(head.pid)
         finally:
             children = psutil.Process(head.pid).children(recursive=True)
-            head.terminate()
+            head.kill()  # asked politely it takes half a minute
             for process in children:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
@@ -248,11 +248,19 @@ def _wait(condition, seconds):
     return found
 
 
+def _is_named(process, name):
+    """Whether this is one of Ray's processes of that name; one that has ended, or is a zombie, is not."""
+    try:
+        return name in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
+
+
 def _worker_of(folder):
     """The process that is at work on a run, as it has written down; None if there is none at this moment."""
     with contextlib.suppress(OSError, IndexError, psutil.NoSuchProcess):
         process = psutil.Process(int((folder / ".lock-owner").read_text().split()[1]))
-        return process if "ray::" in " ".join(process.cmdline()) else None
+        return process if _is_named(process, "ray::") else None
     return None
 
 
@@ -285,8 +293,8 @@ def test_twelve_runs_survive_the_end_of_a_worker_and_of_the_driver(tmp_path, clu
     with subprocess.Popen(again, stdout=subprocess.DEVNULL, cwd=tmp_path) as driver:
         _wait(lambda: _begun(runs), 200)
         _wait(lambda: [w for path in _begun(runs) if (w := _worker_of(path.parents[1]))], 60)[0].kill()
-        boards = [process for process in head.children(recursive=True) if "ray::_Board" in " ".join(process.cmdline())]
-        boards[0].kill()  # progress is lost for a moment, the runs are not
+        [board] = [process for process in head.children(recursive=True) if _is_named(process, "ray::_Board")]
+        board.kill()  # progress is lost for a moment, the runs are not
         _wait(lambda: len(outcomes(runs)) >= 3 and _begun(runs), 300)
         assert driver.poll() is None, "it ended before it could be killed"
         driver.send_signal(signal.SIGKILL)

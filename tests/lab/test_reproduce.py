@@ -202,6 +202,8 @@ def test_the_command_prints_and_its_json_is_lines(study, tmp_path, call):  # noq
         (["table0", "--scale", "huge"], "--scale 'huge' should be full, short, desk"),
         (["table0", "--scale", "short"], "has nothing of scale 'short'"),
         (["table0"], "scale 'full' is for a GPU, and here is none"),
+        (["table0", "--gpus-per-run", "0.5"], "--gpus-per-run is read by --executor ray only"),
+        (["table0", "--ray-address", "auto"], "--ray-address is read by --executor ray only"),
     ],
 )
 def test_bad_calls_are_named(study, tmp_path, call, arguments, message, monkeypatch):  # noqa: F811

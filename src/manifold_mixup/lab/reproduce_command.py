@@ -108,6 +108,7 @@ def reproduce(
         (accelerator, devices, nodes),
         executor=executor,
         ray_address=ray_address,
+        gpus_per_run=gpus_per_run,
     )
     if name == THEORY:
         _theory(runs, seeds, how.command, show=show, markdown=markdown, as_json=as_json, quiet=quiet)
