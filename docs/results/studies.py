@@ -14,10 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from manifold_mixup.lab.recipe import load_recipe, recipe_files
-from manifold_mixup.lab.results import Result, by_seed, read_folder, read_lines, write_lines
-from manifold_mixup.lab.side_by_side import as_page, duration, measured_text, panel_grid, provenance, verdicts
+from manifold_mixup.lab.reproduce import Piece, gather, grids_of, plan
+from manifold_mixup.lab.results import by_seed, read_folder, write_lines
+from manifold_mixup.lab.side_by_side import as_page, duration, measured_text, verdicts
 from manifold_mixup.lab.statistics import paired_difference
-from manifold_mixup.lab.studies import Panel, Study, load_study, study_files
+from manifold_mixup.lab.studies import Study, load_study, study_files
 from manifold_mixup.lab.theory_runs import NOTE, TITLE, read_theory, theory_grids, write_theory
 from manifold_mixup.lab.verdict import OUTCOMES
 
@@ -45,49 +46,34 @@ def collect(runs: Path) -> None:
         write_theory(*read_theory(runs), DESK)
 
 
-def recorded(panel: Panel) -> list[Result]:
-    """The committed runs of a panel's rows at desk scale."""
-    path = DESK / f"{panel.recipes.get('desk')}.jsonl"
-    labels = {row.label for row in panel.rows}
-    return [r for r in read_lines(path) if r.record.label in labels] if path.exists() else []
+def studies() -> Iterator[tuple[Study, list[Piece]]]:
+    """The studies with committed runs at desk scale, each with those of its panels that have some."""
+    for name in study_files():
+        study = load_study(name)
+        pieces = plan(study, "desk")
+        for piece in pieces:
+            gather(piece, DESK)
+        if found := [piece for piece in pieces if piece.results]:
+            yield study, found
 
 
 def pages() -> dict[Path, str]:
-    """Every page that is made as a whole: one for each study with runs."""
+    """Every page that is made as a whole: one for each study with runs, and the theory's."""
     found = {}
-    for study, parts in _studies():
-        grids = [panel_grid(panel, results, "desk", _notes(panel, results)) for panel, results in parts]
-        judged = [verdict for panel, results in parts for verdict in verdicts(panel, results)]
-        found[DESK / f"{study.name}.md"] = as_page(study.title, study.note, grids, judged)
+    for study, pieces in studies():
+        judged = [verdict for piece in pieces for verdict in verdicts(piece.panel, piece.results)]
+        found[DESK / f"{study.name}.md"] = as_page(study.title, study.note, grids_of(pieces, "desk"), judged)
     found[DESK / "theory.md"] = as_page(TITLE, NOTE, theory_grids(*read_theory(DESK)), [])
     return found
-
-
-def _notes(panel: Panel, results: list[Result]) -> list[str]:
-    """What ours are, how many are missing, and where they come from."""
-    config = load_recipe(panel.recipes["desk"])
-    labels = {row.label for row in panel.rows}
-    planned = len(config.seeds) * sum(method.label in labels for method in config.methods)
-    short = [f"{len(results)} of {planned} runs are there."] if len(results) < planned else []
-    return [f"Desk: {config.description}.", *short, provenance(results)]
-
-
-def _studies() -> Iterator[tuple[Study, list[tuple[Panel, list[Result]]]]]:
-    """The studies with runs, each with those of its panels that have some."""
-    for name in study_files():
-        study = load_study(name)
-        parts = [(panel, results) for panel in study.panels if (results := recorded(panel))]
-        if parts:
-            yield study, parts
 
 
 def overview() -> str:
     """One line for each study: what its claims came to, how many runs, and what they cost."""
     heads = ["study", *OUTCOMES[:3], "runs", "cost"]
     lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
-    for study, parts in _studies():
-        judged = [verdict.outcome for panel, results in parts for verdict in verdicts(panel, results)]
-        records = [result.record for _, results in parts for result in results]
+    for study, pieces in studies():
+        judged = [verdict.outcome for piece in pieces for verdict in verdicts(piece.panel, piece.results)]
+        records = [result.record for piece in pieces for result in piece.results]
         counts = [str(judged.count(outcome)) for outcome in OUTCOMES[:3]]
         cost = duration(sum(record.seconds for record in records))
         link = f"[{study.title}](desk/{study.name}.md)"
@@ -104,28 +90,26 @@ def summary() -> str:
     """One line for each experiment that has no mixing, input mixup and manifold mixup: their test errors and NLL."""
     heads = ["experiment", "seeds", *(f"{label}, error (%) / NLL" for label in MAIN), "manifold - none, error", "95 %"]
     lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
-    seen: set[str] = set()
-    for _, parts in _studies():
-        for panel, results in parts:
-            recipe = panel.recipes["desk"]
-            metrics = {column.metric: column for column in panel.columns}
-            labels = {row.label for row in panel.rows}
-            if recipe in seen or not labels >= set(MAIN) or not {"test_error", "test_nll"} <= metrics.keys():
-                continue
-            seen.add(recipe)
-            values = {label: by_seed(results, label, "test_error") for label in MAIN}
-            cells = [
-                " / ".join(
-                    measured_text(by_seed(results, label, metric), metrics[metric])
-                    for metric in ("test_error", "test_nll")
-                )
-                for label in MAIN
-            ]
-            found = paired_difference(values["manifold mixup"], values["none"])
-            interval = "-" if found.low is None else f"[{found.low:+.2f}, {found.high:+.2f}]"
-            title = load_recipe(recipe).description
-            row = [title, str(found.n), *cells, f"{found.mean:+.2f}", interval]
-            lines.append("| " + " | ".join(row) + " |")
+    wide = {}  # of several studies of one experiment, the first one that shows all of it
+    for _, pieces in studies():
+        for piece in pieces:
+            metrics = {column.metric: column for column in piece.panel.columns}
+            labels = {row.label for row in piece.panel.rows}
+            if piece.config is not None and labels >= set(MAIN) and {"test_error", "test_nll"} <= metrics.keys():
+                wide.setdefault(piece.config.name, (piece, piece.config.description, metrics))
+    for piece, description, metrics in wide.values():
+        values = {label: by_seed(piece.results, label, "test_error") for label in MAIN}
+        cells = [
+            " / ".join(
+                measured_text(by_seed(piece.results, label, metric), metrics[metric])
+                for metric in ("test_error", "test_nll")
+            )
+            for label in MAIN
+        ]
+        found = paired_difference(values["manifold mixup"], values["none"])
+        interval = "-" if found.low is None else f"[{found.low:+.2f}, {found.high:+.2f}]"
+        row = [description, str(found.n), *cells, f"{found.mean:+.2f}", interval]
+        lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
 
 

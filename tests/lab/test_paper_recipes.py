@@ -313,7 +313,7 @@ def test_every_desk_recipe_starts(name, places, tmp_path):
     assert len(weights) == len(set(labels))
 
 
-def two_epochs(name, label, places, folder, images=4, batch=2):
+def check_two_epochs(name, label, places, folder, images=4, batch=2):
     """A recipe's true network on a few images, with a fall of the rate between two epochs: its record."""
     milestones = ["train.milestones=[1]"] if recipe(name).train.schedule == "step" else []
     overrides = Overrides(
@@ -340,7 +340,7 @@ def two_epochs(name, label, places, folder, images=4, batch=2):
 
 
 def test_a_full_recipe_trains_and_is_measured_on_cifar10_1(places, tmp_path):
-    record = two_epochs("cifar10_preact18_full", "manifold mixup", places, tmp_path)
+    record = check_two_epochs("cifar10_preact18_full", "manifold mixup", places, tmp_path)
     assert record.train["layers"] == layers("0+1+2")
     assert record.train["settings"]["loss"] == "bce-softmax"
     found = evaluate_run(record.folder, [], data=Component(name="cifar10_1"), places=places)
@@ -371,4 +371,4 @@ SLOW = [
     ],
 )
 def test_full_and_short_recipes_train_the_papers_networks(name, label, places, tmp_path):
-    two_epochs(name, label, places, tmp_path)
+    check_two_epochs(name, label, places, tmp_path)

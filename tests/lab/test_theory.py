@@ -412,27 +412,6 @@ def test_records_of_another_form_are_refused(short):
         TheoryResult.from_records([record])
 
 
-@pytest.mark.parametrize(
-    ("relation", "values", "worst"),
-    [("<=", [0.2, 0.9, 0.5], 0.9), (">=", [3.0, 1.5, 2.0], 1.5), ("<=", [0.2, math.nan, 0.5], None)],
-)
-def test_the_worst_value_of_a_row_is_the_one_nearest_to_failing(relation, values, worst):
-    checks = tuple(check(value, seed, relation=relation) for seed, value in enumerate(values))
-    (row,) = TheoryResult(checks).summary_rows()
-    assert (row.n, row.note, row.passed) == (3, "n1", True)
-    assert math.isnan(row.worst) if worst is None else row.worst == worst
-
-
-def test_one_seed_that_fails_fails_the_row_and_shapes_are_rows_of_their_own():
-    checks = (check(0.5), check(2.0, 1, passed=False), check(0.1, dim=4), check(7.0, bound=None, passed=None, name="m"))
-    rows = TheoryResult(checks).summary_rows()
-    assert [(r.name, r.dim, r.n, r.worst, r.passed) for r in rows] == [
-        ("c", 2, 2, 2.0, False),
-        ("c", 4, 1, 0.1, True),
-        ("m", 2, 1, 7.0, None),
-    ]
-
-
 def test_the_table_of_verdicts_counts_over_seeds_and_shapes():
     checks = (check(0.5), check(2.0, 1, passed=False), check(0.1, dim=4), check(7.0, bound=None, passed=None, name="m"))
     grid = TheoryResult(checks).verdict_grid()

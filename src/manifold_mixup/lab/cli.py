@@ -6,6 +6,7 @@ Heavy modules are imported inside the commands, so that ``--help`` answers at on
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,36 +15,49 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from manifold_mixup.lab.flags import (
-    METHOD_HELP,
     AcceleratorOption,
+    ByOrderOption,
     CheckpointOption,
     DataDirOption,
     DataOption,
     DevicesOption,
     EpochsOption,
     ExecutorOption,
+    FigureOption,
+    ForeignDataOption,
     GpusPerRunOption,
     JobsOption,
     JsonOption,
+    MeasureOption,
+    MeasuresOption,
     MethodOption,
+    MethodsOption,
     ModelOption,
+    NameOption,
     NodesOption,
+    OneMethodOption,
     QuietOption,
     RayAddressOption,
+    RecipeOption,
+    RestOfRecipeOption,
+    RunArgument,
     RunsOption,
+    SeedOption,
     SeedsOption,
     SetOption,
     StepsOption,
     ThreadsOption,
     TrainExamplesOption,
+    WeightsOption,
     WidthOption,
 )
-from manifold_mixup.lab.invocation import command_line, make_settings, run_all
+from manifold_mixup.lab.invocation import choose_experiment, command_line, make_settings, run_all
 from manifold_mixup.lab.listings import datasets, layers, measures, methods, print_json
 from manifold_mixup.lab.reproduce_command import reproduce
 
 if TYPE_CHECKING:
     from manifold_mixup.lab.config import ExperimentConfig
+    from manifold_mixup.lab.evaluation import Evaluation
     from manifold_mixup.lab.experiment import Outcome
 
 __all__ = ["app", "main"]
@@ -101,28 +115,21 @@ def demo(
 
 @app.command()
 def compare(
-    recipe: Annotated[
-        str | None, typer.Option("--recipe", "-r", help="Name of a recipe, or the path of a TOML file.")
-    ] = None,
+    recipe: RecipeOption = None,
     data: DataOption = None,
     data_dir: DataDirOption = None,
     train_examples: TrainExamplesOption = None,
     model: ModelOption = None,
     width: WidthOption = None,
-    methods: Annotated[
-        str | None, typer.Option("--methods", help="Names of methods, joined by commas; -m takes one with options.")
-    ] = None,
+    methods: MethodsOption = None,
     method: MethodOption = None,
     seeds: SeedsOption = None,
     epochs: EpochsOption = None,
     steps: StepsOption = None,
     settings: SetOption = None,
     runs: RunsOption = Path("runs"),
-    name: Annotated[str | None, typer.Option("--name", help="Of the experiment: its folder under --runs.")] = None,
-    figure: Annotated[
-        Path | None,
-        typer.Option("--figure", help="Also write the pictures of the first seed as one SVG, if there are any."),
-    ] = None,
+    name: NameOption = None,
+    figure: FigureOption = None,
     jobs: JobsOption = 0,
     threads: ThreadsOption = None,
     executor: ExecutorOption = "local",
@@ -148,46 +155,23 @@ def compare(
     Example: [bold]manifold-mixup compare --data folder:photos,size=64 --model timm:resnet18 -m none
     -m 'manifold_mixup:alpha=2,layers=layer1+layer2,label=hidden only'[/bold]
     """
-    from manifold_mixup.lab.data import Places
     from manifold_mixup.lab.errors import UsageError
-    from manifold_mixup.lab.recipe import Overrides, load_recipe, without_recipe
+    from manifold_mixup.lab.recipe import Overrides
+    from manifold_mixup.lab.report import write_figure
 
     if recipe is None and data is None:
         raise UsageError("say what to compare: --recipe NAME, or --data NAME with --model and --methods")
-    listed = [item for item in (methods or "").split(",") if item.strip()]
-    changes = Overrides(
-        data=data,
-        model=model,
-        methods=[*listed, *(method or ())],
-        seeds=seeds,
-        steps=steps,
-        epochs=epochs,
-        train_examples=train_examples,
-        width=width,
-        threads=threads,
-        settings=[*(settings or ()), *([f"name={name}"] if name and recipe else [])],
-    )
-    places = Places(data_dir)
-    if recipe is None:
-        config = without_recipe(changes, name=name, places=places)
-    else:
-        config = load_recipe(recipe, changes, places)
-    how = make_settings(
-        runs,
-        jobs,
-        checkpoint_every,
-        data_dir,
-        (accelerator, devices, nodes),
-        executor=executor,
-        ray_address=ray_address,
-        gpus_per_run=gpus_per_run,
-    )
+    listed = [*(item for item in (methods or "").split(",") if item.strip()), *(method or ())]
+    more = [*(settings or ()), *([f"name={name}"] if name and recipe else [])]
+    changes = Overrides(data=data, model=model, methods=listed, seeds=seeds, steps=steps, epochs=epochs, settings=more)
+    changes = dataclasses.replace(changes, train_examples=train_examples, width=width, threads=threads)
+    config = choose_experiment(recipe, changes, data_dir, name)
+    ray = (executor, ray_address, gpus_per_run)
+    how = make_settings(runs, jobs, checkpoint_every, data_dir, (accelerator, devices, nodes), ray)
     outcome = run_all([config], how, quiet)
     if not how.devices.first:
         return
     if figure is not None:
-        from manifold_mixup.lab.report import write_figure
-
         write_figure(outcome.records, figure)
     _print_comparison(outcome, [config], runs / config.name / "report.html", f"Manifold Mixup: {config.name}", as_json)
 
@@ -199,11 +183,9 @@ def train(
     train_examples: TrainExamplesOption = None,
     model: ModelOption = None,
     width: WidthOption = None,
-    method: Annotated[str, typer.Option("--method", "-m", help=METHOD_HELP.partition(" Repeat")[0])] = "manifold_mixup",
-    seed: Annotated[
-        int, typer.Option("--seed", min=0, help="Of the split, the weights, the batches and the method.")
-    ] = 0,
-    recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="Take everything else from this recipe.")] = None,
+    method: OneMethodOption = "manifold_mixup",
+    seed: SeedOption = 0,
+    recipe: RestOfRecipeOption = None,
     epochs: EpochsOption = None,
     steps: StepsOption = None,
     settings: SetOption = None,
@@ -229,26 +211,12 @@ def train(
     Example: [bold]torchrun --nproc-per-node 4 --no-python manifold-mixup train --data cifar100 --devices 4[/bold]
     """
     from manifold_mixup.lab import display
-    from manifold_mixup.lab.data import Places
-    from manifold_mixup.lab.recipe import Overrides, load_recipe, without_recipe
+    from manifold_mixup.lab.recipe import Overrides
 
-    changes = Overrides(
-        data=data,
-        model=model,
-        methods=[method],
-        seeds=f"{seed},",
-        steps=steps,
-        epochs=epochs,
-        train_examples=train_examples,
-        width=width,
-        threads=threads,
-        settings=settings or (),
-    )
-    places = Places(data_dir)
-    if recipe is None:
-        config = without_recipe(changes, name="train", places=places)
-    else:
-        config = load_recipe(recipe, changes, places)
+    changes = Overrides(data=data, model=model, methods=[method], seeds=f"{seed},", settings=settings or ())
+    changes = dataclasses.replace(changes, steps=steps, epochs=epochs, width=width, threads=threads)
+    changes = dataclasses.replace(changes, train_examples=train_examples)
+    config = choose_experiment(recipe, changes, data_dir, "train")
     how = make_settings(runs, 1, checkpoint_every, data_dir, (accelerator, devices, nodes))
     outcome = run_all([config], how, quiet)
     if not how.devices.first:
@@ -264,29 +232,13 @@ def train(
 
 @app.command()
 def evaluate(
-    run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="Folder of a run, or one that holds several.", show_default=False)
-    ],
-    measures: Annotated[
-        str | None,
-        typer.Option("--measures", help="Names of measures, joined by commas; default: those of every record."),
-    ] = None,
-    measure: Annotated[
-        list[str] | None,
-        typer.Option("--measure", "-m", help="A measure as [bold]name:key=value,...[/bold]. Repeat for several."),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option("--data", help="Measure on these in place of the run's own test data; classes match by name."),
-    ] = None,
+    run: RunArgument,
+    measures: MeasuresOption = None,
+    measure: MeasureOption = None,
+    data: ForeignDataOption = None,
     data_dir: DataDirOption = None,
-    weights: Annotated[
-        str | None,
-        typer.Option("--weights", help="last, best (on validation) or checkpoint; default: last, if there are any."),
-    ] = None,
-    classes_by_order: Annotated[
-        bool, typer.Option("--classes-by-order", help="The n-th class of --data is the n-th of the run.")
-    ] = False,
+    weights: WeightsOption = None,
+    classes_by_order: ByOrderOption = False,
     threads: ThreadsOption = 0,
     accelerator: AcceleratorOption = "auto",
     as_json: JsonOption = False,
@@ -337,7 +289,13 @@ def evaluate(
     if as_json:
         for evaluation in found:
             print_json(evaluation.summary())
-        return
+    else:
+        _print_measured(found)
+
+
+def _print_measured(found: Sequence[Evaluation]) -> None:
+    from manifold_mixup.lab import display
+
     display.console().print(display.measured(found))
     for note in dict.fromkeys(f"{evaluation.folder}: {note}" for evaluation in found for note in evaluation.notes):
         typer.echo(note)

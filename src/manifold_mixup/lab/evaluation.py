@@ -21,6 +21,7 @@ from manifold_mixup.lab.errors import CorruptedFile, LabError, StorageError, Usa
 from manifold_mixup.lab.measures.base import Measure, Subject
 from manifold_mixup.lab.measures.registry import always, get_measure, measure
 from manifold_mixup.lab.parsing import explain
+from manifold_mixup.lab.records import EVALUATIONS
 from manifold_mixup.lab.run import fresh_model
 
 __all__ = ["Evaluation", "Weights", "evaluate_run", "find_runs", "parse_measures"]
@@ -119,9 +120,7 @@ def evaluate_run(
     run, label = _read_config(folder)
     info = _read_info(folder)
     which, state = _read_weights(folder, weights)
-    notes: list[str] = []
-    if which == "checkpoint":
-        notes.append("the run is not finished: these are the weights of its checkpoint")
+    notes = ["the run is not finished: these are the weights of its checkpoint"] if which == "checkpoint" else []
     parts = _own_parts(run, info, places, notes, needed=data is None)
     if data is not None:
         parts["test"] = _foreign(data, info, by_order, places or Places())
@@ -149,13 +148,16 @@ def evaluate_run(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command,
     )
-    path = folder / "evaluations.jsonl"
+    _append(found, folder / EVALUATIONS)
+    return found
+
+
+def _append(found: Evaluation, path: Path) -> None:
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(found.summary(), ensure_ascii=False, allow_nan=False) + "\n")
     except OSError as error:
         raise StorageError(path, error) from error
-    return found
 
 
 def _read_config(folder: Path) -> tuple[RunConfig, str]:

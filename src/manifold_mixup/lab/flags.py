@@ -1,4 +1,4 @@
-"""The options of the command line that several commands share."""
+"""The options of the command line and what --help says of them."""
 
 from __future__ import annotations
 
@@ -10,26 +10,45 @@ import typer
 __all__ = [
     "METHOD_HELP",
     "AcceleratorOption",
+    "ByOrderOption",
     "CheckpointOption",
     "DataDirOption",
     "DataOption",
     "DevicesOption",
     "EpochsOption",
     "ExecutorOption",
+    "FigureOption",
+    "ForeignDataOption",
     "GpusPerRunOption",
     "JobsOption",
     "JsonOption",
+    "ListOption",
+    "MarkdownOption",
+    "MeasureOption",
+    "MeasuresOption",
     "MethodOption",
+    "MethodsOption",
     "ModelOption",
+    "NameOption",
     "NodesOption",
+    "OneMethodOption",
+    "OnlyOption",
     "QuietOption",
     "RayAddressOption",
+    "RecipeOption",
+    "RestOfRecipeOption",
+    "RunArgument",
     "RunsOption",
+    "ScaleOption",
+    "SeedOption",
     "SeedsOption",
     "SetOption",
+    "ShowOption",
     "StepsOption",
+    "StudyArgument",
     "ThreadsOption",
     "TrainExamplesOption",
+    "WeightsOption",
     "WidthOption",
 ]
 
@@ -89,3 +108,66 @@ CheckpointOption = Annotated[
     float,
     typer.Option("--checkpoint-every", min=0.0, help="Longest time between two checkpoints of a run, in seconds."),
 ]
+
+RecipeOption = Annotated[
+    str | None, typer.Option("--recipe", "-r", help="Name of a recipe, or the path of a TOML file.")
+]
+MethodsOption = Annotated[
+    str | None, typer.Option("--methods", help="Names of methods, joined by commas; -m takes one with options.")
+]
+NameOption = Annotated[str | None, typer.Option("--name", help="Of the experiment: its folder under --runs.")]
+FigureOption = Annotated[
+    Path | None,
+    typer.Option("--figure", help="Also write the pictures of the first seed as one SVG, if there are any."),
+]
+OneMethodOption = Annotated[str, typer.Option("--method", "-m", help=METHOD_HELP.partition(" Repeat")[0])]
+SeedOption = Annotated[
+    int, typer.Option("--seed", min=0, help="Of the split, the weights, the batches and the method.")
+]
+RestOfRecipeOption = Annotated[
+    str | None, typer.Option("--recipe", "-r", help="Take everything else from this recipe.")
+]
+
+RunArgument = Annotated[
+    Path, typer.Argument(metavar="RUN", help="Folder of a run, or one that holds several.", show_default=False)
+]
+MeasuresOption = Annotated[
+    str | None, typer.Option("--measures", help="Names of measures, joined by commas; default: those of every record.")
+]
+MeasureOption = Annotated[
+    list[str] | None,
+    typer.Option("--measure", "-m", help="A measure as [bold]name:key=value,...[/bold]. Repeat for several."),
+]
+ForeignDataOption = Annotated[
+    str | None,
+    typer.Option("--data", help="Measure on these in place of the run's own test data; classes match by name."),
+]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option("--weights", help="last, best (on validation) or checkpoint; default: last, if there are any."),
+]
+ByOrderOption = Annotated[
+    bool, typer.Option("--classes-by-order", help="The n-th class of --data is the n-th of the run.")
+]
+
+StudyArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="NAME", help="A study, such as table1; --list shows them.", show_default=False),
+]
+ScaleOption = Annotated[
+    str,
+    typer.Option(
+        "--scale",
+        help="full: the paper's epochs; short: 200 epochs; both for a GPU. desk: a small twin for two CPU cores.",
+    ),
+]
+OnlyOption = Annotated[
+    str | None,
+    typer.Option("--only", help="Labels of methods, recipes, or parts of a panel's title, joined by ';'."),
+]
+ShowOption = Annotated[
+    bool,
+    typer.Option("--show", help="Run nothing; print what is in --runs, which may be a folder of committed records."),
+]
+ListOption = Annotated[bool, typer.Option("--list", help="Print all studies, what has run, and what it cost.")]
+MarkdownOption = Annotated[bool, typer.Option("--markdown", help="Print the tables in Markdown.")]

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from manifold_mixup.lab.config import ExperimentConfig
     from manifold_mixup.lab.experiment import Outcome, Settings
+    from manifold_mixup.lab.recipe import Overrides
 
-__all__ = ["command_line", "make_settings", "run_all"]
+__all__ = ["choose_experiment", "command_line", "make_settings", "run_all"]
 
 
 def command_line() -> str:
@@ -27,17 +28,27 @@ def make_settings(
     checkpoint_every: float,
     data_dir: Path | None = None,
     devices: tuple[str, int, int] = ("auto", 1, 1),
-    *,
-    executor: str = "local",
-    ray_address: str | None = None,
-    gpus_per_run: float | None = None,
+    ray: tuple[str, str | None, float | None] = ("local", None, None),
 ) -> Settings:
-    """How runs are carried out, as the command line says."""
+    """How runs are carried out, as the command line says.
+
+    Args:
+        runs: ``--runs``.
+        jobs: ``--jobs``.
+        checkpoint_every: ``--checkpoint-every``.
+        data_dir: ``--data-dir``.
+        devices: ``--accelerator``, ``--devices`` and ``--nodes``.
+        ray: ``--executor``, ``--ray-address`` and ``--gpus-per-run``.
+
+    Raises:
+        UsageError: They do not go together.
+    """
     from manifold_mixup.lab.data import Places
     from manifold_mixup.lab.devices import Devices
     from manifold_mixup.lab.errors import UsageError
     from manifold_mixup.lab.experiment import Settings
 
+    executor, ray_address, gpus_per_run = ray
     if executor not in ("local", "ray"):
         raise UsageError(f"--executor {executor!r} should be local or ray")
     for option, value in (("--ray-address", ray_address), ("--gpus-per-run", gpus_per_run)):
@@ -54,6 +65,18 @@ def make_settings(
         ray_address=ray_address,
         gpus_per_run=gpus_per_run,
     )
+
+
+def choose_experiment(
+    recipe: str | None, changes: Overrides, data_dir: Path | None, name: str | None
+) -> ExperimentConfig:
+    """The experiment of a recipe, or of the command line alone, which ``name`` then names."""
+    from manifold_mixup.lab.data import Places
+    from manifold_mixup.lab.recipe import load_recipe, without_recipe
+
+    if recipe is None:
+        return without_recipe(changes, name=name, places=Places(data_dir))
+    return load_recipe(recipe, changes, Places(data_dir))
 
 
 def run_all(configs: Sequence[ExperimentConfig], settings: Settings, quiet: bool) -> Outcome:

@@ -34,9 +34,10 @@ from manifold_mixup.lab.config import PlannedRun, slug
 from manifold_mixup.lab.data.base import DataInfo
 from manifold_mixup.lab.errors import ConfigMismatch, CorruptedFile, FolderBusy, StorageError
 
-__all__ = ["Failure", "Record", "RunFolder", "find_records"]
+__all__ = ["EVALUATIONS", "Failure", "Record", "RunFolder", "find_records"]
 
 SCHEMA = 1
+EVALUATIONS = "evaluations.jsonl"
 
 
 class Record(BaseModel):

@@ -143,6 +143,8 @@ def reproduce(
         except (Interrupted, StorageError, FolderBusy, ConfigMismatch):
             raise
         except LabError as error:
+            if settings.devices.several:  # the other processes cannot know what to leave out
+                raise
             piece.trouble = str(error)
         if piece.failures and not piece.trouble:
             first = piece.failures[0]
@@ -154,7 +156,9 @@ def reproduce(
 
 def _without_data(config: ExperimentConfig, settings: Settings) -> str | None:
     """Why the data of runs that are still to be made cannot be had; None if they can, or if nothing is to be made."""
-    if not settings.devices.first or all(RunFolder(settings.runs, run).read() is not None for run in config.runs()):
+    if settings.devices.several:  # all processes have to do the same: the error ends all of them
+        return None
+    if all(RunFolder(settings.runs, run).read() is not None for run in config.runs()):
         return None
     try:
         prepare_data(config.data.name, config.data.options, settings.places, settings.report)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -17,12 +17,18 @@ from manifold_mixup.lab.flags import (
     GpusPerRunOption,
     JobsOption,
     JsonOption,
+    ListOption,
+    MarkdownOption,
     NodesOption,
+    OnlyOption,
     QuietOption,
     RayAddressOption,
     RunsOption,
+    ScaleOption,
     SeedsOption,
     SetOption,
+    ShowOption,
+    StudyArgument,
 )
 from manifold_mixup.lab.invocation import make_settings
 from manifold_mixup.lab.listings import print_json
@@ -40,33 +46,16 @@ THEORY = "theory"
 
 
 def reproduce(
-    name: Annotated[
-        str | None,
-        typer.Argument(metavar="NAME", help="A study, such as table1; --list shows them.", show_default=False),
-    ] = None,
-    scale: Annotated[
-        str,
-        typer.Option(
-            "--scale",
-            help="full: the paper's epochs; short: 200 epochs; both for a GPU. desk: a small twin for two CPU cores.",
-        ),
-    ] = "full",
-    only: Annotated[
-        str | None,
-        typer.Option("--only", help="Labels of methods, recipes, or parts of a panel's title, joined by ';'."),
-    ] = None,
+    name: StudyArgument = None,
+    scale: ScaleOption = "full",
+    only: OnlyOption = None,
     seeds: SeedsOption = None,
     settings: SetOption = None,
     runs: RunsOption = Path("runs"),
     data_dir: DataDirOption = None,
-    show: Annotated[
-        bool,
-        typer.Option(
-            "--show", help="Run nothing; print what is in --runs, which may be a folder of committed records."
-        ),
-    ] = False,
-    listing: Annotated[bool, typer.Option("--list", help="Print all studies, what has run, and what it cost.")] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables in Markdown.")] = False,
+    show: ShowOption = False,
+    listing: ListOption = False,
+    markdown: MarkdownOption = False,
     jobs: JobsOption = 0,
     executor: ExecutorOption = "local",
     ray_address: RayAddressOption = None,
@@ -93,41 +82,42 @@ def reproduce(
     from manifold_mixup.lab.data import Places
     from manifold_mixup.lab.errors import UsageError
     from manifold_mixup.lab.reproduce import gather, plan
-    from manifold_mixup.lab.studies import SCALES, load_study
 
     if listing:
         _list(runs, as_json)
         return
     if name is None:
         raise UsageError("say what to reproduce, such as table1; manifold-mixup reproduce --list shows all studies")
-    how = make_settings(
-        runs,
-        jobs,
-        checkpoint_every,
-        data_dir,
-        (accelerator, devices, nodes),
-        executor=executor,
-        ray_address=ray_address,
-        gpus_per_run=gpus_per_run,
-    )
+    ray = (executor, ray_address, gpus_per_run)
+    how = make_settings(runs, jobs, checkpoint_every, data_dir, (accelerator, devices, nodes), ray)
     if name == THEORY:
         _theory(runs, seeds, how.command, show=show, markdown=markdown, as_json=as_json, quiet=quiet)
         return
-    if scale not in SCALES:
-        raise UsageError(f"--scale {scale!r} should be {', '.join(SCALES)}")
-    study = load_study(name)
+    study, size = _load(name, scale)
     words = [word.strip() for word in (only or "").split(";") if word.strip()]
-    pieces = plan(study, scale, only=words, seeds=seeds, settings=settings or (), places=Places(data_dir))
-    if all(piece.config is None for piece in pieces):
-        raise UsageError(f"study {name!r} has nothing of scale {scale!r}; see manifold-mixup reproduce --list")
+    pieces = plan(study, size, only=words, seeds=seeds, settings=settings or (), places=Places(data_dir))
     if show:
         for piece in pieces:
             gather(piece, runs)
-    else:
-        _check_machine(pieces, scale, accelerator)
-        _carry_out(pieces, scale, how, quiet)
+    elif any(piece.config is not None for piece in pieces):
+        _check_machine(pieces, size, accelerator)
+        _carry_out(pieces, size, how, quiet)
     if how.devices.first:
-        _print(study, pieces, scale, markdown=markdown, as_json=as_json)
+        _print(study, pieces, size, markdown=markdown, as_json=as_json)
+
+
+def _load(name: str, scale: str) -> tuple[Study, Scale]:
+    """A study, and the scale, at which it has to have something."""
+    from manifold_mixup.lab.errors import UsageError
+    from manifold_mixup.lab.studies import SCALES, load_study
+
+    study = load_study(name)
+    size = next((known for known in SCALES if known == scale), None)
+    if size is None:
+        raise UsageError(f"--scale {scale!r} should be {', '.join(SCALES)}")
+    if not any(size in panel.recipes for panel in study.panels):
+        raise UsageError(f"study {name!r} has nothing of scale {scale!r}; see manifold-mixup reproduce --list")
+    return study, size
 
 
 def _check_machine(pieces: Sequence[Piece], scale: Scale, accelerator: str) -> None:

@@ -18,11 +18,9 @@ from pydantic import ValidationError
 
 from manifold_mixup.lab import storage
 from manifold_mixup.lab.errors import CorruptedFile, StorageError
-from manifold_mixup.lab.records import Record, find_records
+from manifold_mixup.lab.records import EVALUATIONS, Record, find_records
 
 __all__ = ["Result", "by_seed", "measured_with", "public_command", "read_folder", "read_lines", "write_lines"]
-
-EVALUATIONS = "evaluations.jsonl"
 
 
 @dataclass(frozen=True)

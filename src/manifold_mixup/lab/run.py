@@ -128,6 +128,7 @@ def _execute(folder: RunFolder, hooks: Hooks, command: str, places: Places, devi
     subject = Subject(model, splits.info, parts, hidden, run.seed)
     best, _ = _measure(subject, fitted.best, run.data.name) if fitted.best is not None else ({}, {})
     metrics, pictures = _measure(subject, fitted.last, run.data.name)
+    read = {"data_fingerprint": splits.info.fingerprint} if splits.info.fingerprint else {}
     folder.write_model(fitted.last, fitted.best)
     folder.write_pictures(pictures)
     record = Record(
@@ -140,12 +141,7 @@ def _execute(folder: RunFolder, hooks: Hooks, command: str, places: Places, devi
         seed=run.seed,
         metrics=metrics,
         best=best,
-        train={
-            **fitted.facts,
-            "settings": settings.model_dump(mode="json"),
-            "model_options": model_options,
-            **({"data_fingerprint": splits.info.fingerprint} if splits.info.fingerprint else {}),
-        },
+        train={**fitted.facts, "settings": settings.model_dump(mode="json"), "model_options": model_options, **read},
         config_hash=run.hash,
         versions=versions(),
         hardware=hardware(str(fabric.device), fabric.world_size),

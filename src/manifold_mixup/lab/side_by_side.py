@@ -140,7 +140,7 @@ def verdicts(panel: Panel, results: Iterable[Result]) -> list[Verdict]:
 
 
 def summed_up(found: Sequence[Verdict]) -> str:
-    """Count them: ``Of 4 claims 2 hold, 0 do not hold, 2 our runs cannot decide.`` in words."""
+    """How many there are of each, such as: Of 4 claims 2 hold, 0 do not hold, 2 our runs cannot decide."""
     count = Counter(verdict.outcome for verdict in found)
     words = dict(zip(OUTCOMES, ("hold", "do not hold", "our runs cannot decide", "were not run"), strict=True))
     parts = [f"{count[outcome]} {words[outcome]}" for outcome in OUTCOMES if count[outcome] or outcome != "not run"]
@@ -148,7 +148,7 @@ def summed_up(found: Sequence[Verdict]) -> str:
 
 
 def provenance(results: Iterable[Result]) -> str:
-    """Where numbers come from, in one sentence after the other: command, commit, machine, date, and what they cost."""
+    """Where numbers come from, in one sentence: command, commit, machine, date, and what they cost."""
     records = [result.record for result in results]
     if not records:
         return ""
@@ -176,7 +176,7 @@ def _machine(record: Record) -> str:
 
 
 def duration(seconds: float) -> str:
-    """``3 h 20 min`` or ``45 s``."""
+    """``45 s``, ``20 min`` or ``3.3 h``."""
     minutes, hours = round(seconds / 60), seconds / 3600
     if seconds < 90:
         return f"{seconds:.0f} s"

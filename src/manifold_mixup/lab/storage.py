@@ -29,6 +29,7 @@ __all__ = [
     "read_tensors",
     "save_state",
     "saved_step",
+    "trim_log",
     "unpack",
     "write_atomically",
     "write_json",
@@ -214,6 +215,20 @@ def saved_step(folder: Path) -> int | None:
     except (CorruptedFile, StorageError, KeyError, TypeError):
         return None
     return step if isinstance(step, int) else None
+
+
+def trim_log(path: Path, step: int) -> None:
+    """Drop the lines after a step, and a last line that was cut off; the log then reads as if nothing had happened."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    write_atomically(path, "".join(kept).encode())
 
 
 def torch_rng_state() -> dict[str, Tensor]:

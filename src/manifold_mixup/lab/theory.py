@@ -17,9 +17,9 @@ from manifold_mixup.lab import theory_affine, theory_counterexamples, theory_dee
 from manifold_mixup.lab.errors import CorruptedFile, UsageError
 from manifold_mixup.lab.side_by_side import NOTHING, Grid
 from manifold_mixup.lab.statistics import format_mean_sd, summary
-from manifold_mixup.lab.theory_checks import Check, Relation
+from manifold_mixup.lab.theory_checks import Check
 
-__all__ = ["Check", "SummaryRow", "TheoryResult", "run_theory"]
+__all__ = ["Check", "TheoryResult", "run_theory"]
 
 MEASURED = ("loss", "spread", "excess", "effective rank", "moved", "segments", "bent")
 HEADINGS = {
@@ -31,38 +31,6 @@ HEADINGS = {
     "segments": "distance from mixed targets",
     "bent": "distance from straight",
 }
-
-
-@dataclass(frozen=True)
-class SummaryRow:
-    """One check over seeds.
-
-    Attributes:
-        name: Of the check.
-        statement: What it tests.
-        setting: Representations, training and loss.
-        d: Number of classes.
-        dim: Dimension of the representations.
-        n: Seeds.
-        worst: The value farthest on the wrong side of its bound, or least far on the right one; without a bound the
-            largest value. NaN if one is.
-        bound: Its bound.
-        relation: ``<=`` or ``>=``, or empty.
-        passed: Whether all passed; None for what is only measured.
-        note: Of the worst.
-    """
-
-    name: str
-    statement: str
-    setting: str
-    d: int
-    dim: int
-    n: int
-    worst: float
-    bound: float | None
-    relation: Relation
-    passed: bool | None
-    note: str
 
 
 @dataclass(frozen=True)
@@ -97,29 +65,6 @@ class TheoryResult:
             value = record["value"]
             checks.append(Check(**{**record, "value": math.nan if value is None else value}))
         return cls(tuple(checks))
-
-    def summary_rows(self) -> list[SummaryRow]:
-        """Every check over seeds, for each number of classes and dimension apart."""
-        rows = []
-        for same in self._groups("name", "setting", "d", "dim").values():
-            worst = max(same, key=lambda check: check.excess)
-            first = same[0]
-            rows.append(
-                SummaryRow(
-                    name=first.name,
-                    statement=first.statement,
-                    setting=first.setting,
-                    d=first.d,
-                    dim=first.dim,
-                    n=len(same),
-                    worst=worst.value,
-                    bound=worst.bound,
-                    relation=first.relation,
-                    passed=None if first.passed is None else all(check.passed for check in same),
-                    note=worst.note,
-                )
-            )
-        return rows
 
     def verdict_grid(self) -> Grid:
         """Everything that could fail, one statement a row, over seeds, classes and dimensions."""

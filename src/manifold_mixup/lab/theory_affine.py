@@ -198,6 +198,14 @@ def check_solution(
         ZERO_LENGTH,
         setting=setting,
     )
+    yield from _flat_classes(states, head, y, where, generator, setting)
+
+
+def _flat_classes(
+    states: Tensor, head: Affine, y: Tensor, where: tuple[int, int, int], generator: torch.Generator, setting: str
+) -> Iterator[Check]:
+    """Consequences (c) to (e): how flat the classes lie where the loss is 0."""
+    d, dim, _ = where
     flat = flatness(states, y, d)
     allowed = dim - d + 1
     yield at_most(

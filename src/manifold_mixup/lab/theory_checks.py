@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -82,7 +83,8 @@ class Check:
         return self.bound - self.value if self.relation == ">=" else self.value - self.bound
 
 
-def at_most(
+def _bounded(
+    relation: Relation,
     name: str,
     statement: str,
     where: tuple[int, int, int],
@@ -93,9 +95,10 @@ def at_most(
     note: str = "",
     setting: str = "",
 ) -> Check:
-    """A check that is passed if a number is not above a bound, and something else holds, too.
+    """A check that is passed if a number is on the right side of a bound, and something else holds, too.
 
     Args:
+        relation: ``<=`` or ``>=``.
         name: See :class:`Check`.
         statement: See :class:`Check`.
         where: ``d``, ``dim`` and the seed.
@@ -105,24 +108,11 @@ def at_most(
         note: See :class:`Check`.
         setting: See :class:`Check`.
     """
-    passed = bool(value <= bound) and provided  # NaN is not below anything
-    return Check(name, statement, *where, float(value), float(bound), passed, note, "<=", setting)
+    right = value <= bound if relation == "<=" else value >= bound  # NaN is on neither side
+    return Check(name, statement, *where, float(value), float(bound), bool(right) and provided, note, relation, setting)
 
 
-def at_least(
-    name: str,
-    statement: str,
-    where: tuple[int, int, int],
-    value: float,
-    bound: float,
-    *,
-    provided: bool = True,
-    note: str = "",
-    setting: str = "",
-) -> Check:
-    """A check that is passed if a number is not below a bound; the arguments are those of :func:`at_most`."""
-    passed = bool(value >= bound) and provided
-    return Check(name, statement, *where, float(value), float(bound), passed, note, ">=", setting)
+at_most, at_least = partial(_bounded, "<="), partial(_bounded, ">=")
 
 
 def measured(name: str, statement: str, where: tuple[int, int, int], value: float, *, setting: str) -> Check:

@@ -356,7 +356,7 @@ class _Loop:
                     f"the checkpoint {self.checkpoint} does not fit the run ({reason}); delete it to start again"
                 ) from error
         if self.fabric.is_global_zero:
-            _trim_log(self.log, self.step)
+            storage.trim_log(self.log, self.step)
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
@@ -388,17 +388,3 @@ class _Loop:
             "seconds": round(self.seconds, 3),
             **self.method.facts(),
         }
-
-
-def _trim_log(path: Path, step: int) -> None:
-    """Drop the lines after a step, and a last line that was cut off; the log then reads as if nothing had happened."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    storage.write_atomically(path, "".join(kept).encode())

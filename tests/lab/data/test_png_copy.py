@@ -202,7 +202,7 @@ def test_the_registry_reads_the_copy(places, monkeypatch):
 # --- what is no copy
 
 
-def refused(dataset, places, *parts):
+def assert_refused(dataset, places, *parts):
     """Loading fails with what is wrong, where and what to do."""
     with pytest.raises(CorruptedFile) as caught:
         load(dataset, places)
@@ -212,18 +212,18 @@ def refused(dataset, places, *parts):
 
 def test_a_missing_class_is_refused(places, copy):
     shutil.rmtree(copy / "train" / "maple_tree")
-    refused(entry()[1], places, f"{copy / 'train' / 'maple_tree'} should hold 2 PNG images, but holds 0")
+    assert_refused(entry()[1], places, f"{copy / 'train' / 'maple_tree'} should hold 2 PNG images, but holds 0")
 
 
 def test_a_class_of_another_name_is_refused(places, copy):
     (copy / "test" / "maple_tree").rename(copy / "test" / "maple")
-    refused(entry()[1], places, f"{copy / 'test' / 'maple_tree'} should hold 1 PNG images, but holds 0")
+    assert_refused(entry()[1], places, f"{copy / 'test' / 'maple_tree'} should hold 1 PNG images, but holds 0")
 
 
 def test_a_missing_part_is_refused(places, copy):
     for part in PARTS:
         (copy / part).rename(copy / "away")
-        refused(entry()[1], places, str(copy / part / "apple"))
+        assert_refused(entry()[1], places, str(copy / part / "apple"))
         (copy / "away").rename(copy / part)
 
 
@@ -234,21 +234,21 @@ def test_a_missing_image_and_one_too_many_are_refused(places, copy, count):
         next(folder.glob("*.png")).unlink()
     else:
         write(folder / "more.png", png(0, 32, 32))
-    refused(entry()[1], places, f"{folder} should hold 2 PNG images, but holds {count}")
+    assert_refused(entry()[1], places, f"{folder} should hold 2 PNG images, but holds {count}")
 
 
 @pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", png(0, 32, 32)[:-200]])
 def test_a_corrupted_image_is_refused_by_name(places, copy, content):
     path = next((copy / "train" / "bear").glob("*.png"))
     path.write_bytes(content)
-    refused(entry()[1], places, f"{copy / 'train'}: images cannot be decoded: bear/{path.name} (")
+    assert_refused(entry()[1], places, f"{copy / 'train'}: images cannot be decoded: bear/{path.name} (")
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 33), (64, 64), (16, 16)])
 def test_an_image_of_another_size_is_refused_by_name(places, copy, height, width):
     path = next((copy / "test" / "bear").glob("*.png"))
     path.write_bytes(png(0, height, width))
-    refused(entry()[1], places, f"bear/{path.name} has {width}x{height} pixels, not 32x32")
+    assert_refused(entry()[1], places, f"bear/{path.name} has {width}x{height} pixels, not 32x32")
 
 
 def brighter(copy):
@@ -273,13 +273,15 @@ def other_order(copy):
 def test_other_pixels_labels_or_another_order_are_refused(places, copy, change):
     change(copy)
     part = "train" if change is other_order else "test"
-    refused(entry()[1], places, f"{copy / part}: the pixels are not the published ones", f"not {digest(part)}")
+    assert_refused(entry()[1], places, f"{copy / part}: the pixels are not the published ones", f"not {digest(part)}")
 
 
 def test_a_wrong_checksum_is_refused_for_either_part(places, copy):
     for part in PARTS:
         wrong = "0" * 64
-        refused(entry(**{part: wrong})[1], places, str(copy / part), f"their sha256 is {digest(part)}, not {wrong}")
+        assert_refused(
+            entry(**{part: wrong})[1], places, str(copy / part), f"their sha256 is {digest(part)}, not {wrong}"
+        )
 
 
 def test_a_folder_that_cannot_be_read_is_named(places, copy, monkeypatch):
@@ -387,7 +389,7 @@ def test_a_copy_that_changes_after_it_was_decoded_is_refused(places, copy):
     _, dataset, _ = entry()
     check(dataset, places)
     brighter(copy)
-    refused(dataset, places, "the pixels are not the published ones")
+    assert_refused(dataset, places, "the pixels are not the published ones")
 
 
 def test_a_cache_of_other_pixels_with_a_checksum_of_their_own_is_refused(places):
@@ -400,7 +402,7 @@ def test_a_cache_of_other_pixels_with_a_checksum_of_their_own_is_refused(places)
     np.save(path, array)
     assert listing.read_text().count(old) == 1
     listing.write_text(listing.read_text().replace(old, hashlib.sha256(array.tobytes()).hexdigest()))
-    refused(dataset, places, "the pixels are not the published ones")
+    assert_refused(dataset, places, "the pixels are not the published ones")
 
 
 def test_several_at_once_decode_once_and_read_the_same(places, monkeypatch):

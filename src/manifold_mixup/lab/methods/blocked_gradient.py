@@ -78,10 +78,8 @@ class BlockedGradient(ManifoldMixupMethod):
 
     def _hook_layers(self, model: nn.Module) -> None:
         """Hook the layers of S, which are known once the first batch was drawn."""
-        assert self._mixup is not None
-        for layer in self._mixup.layers or []:
-            name = layer.partition("#")[0]
-            if layer != INPUT and name not in self._cuts:
+        for name in self.mixed_names():
+            if name != INPUT:
                 cut = self._cuts[name] = _Cut(self._state, name)
                 self._handles.append(model.get_submodule(name).register_forward_hook(cut))
         self._state.cuts = list(self._cuts.values())

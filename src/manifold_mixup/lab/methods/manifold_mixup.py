@@ -64,6 +64,11 @@ class MixingMethod(Method[MixerOptions], ABC):
         )
         return self._mixup
 
+    def mixed_names(self) -> list[str]:
+        """Modules of S, and the input, each once, whichever of their calls is mixed; known after the first batch."""
+        layers = None if self._mixup is None else self._mixup.layers
+        return list(dict.fromkeys(layer.partition("#")[0] for layer in layers or []))
+
     def detach(self) -> None:
         """Take the mixer's hooks off the network."""
         if self._mixup is not None:

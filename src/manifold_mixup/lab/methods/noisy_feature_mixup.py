@@ -101,13 +101,10 @@ class NoisyFeatureMixup(MixingMethod):
 
     def _hook_layers(self, model: nn.Module) -> None:
         """Hook the layers of S, which are known once the first batch was drawn."""
-        assert self._mixup is not None
-        for layer in self._mixup.layers or []:
-            name = layer.partition("#")[0]
-            if name not in self._sites:
-                self._sites[name] = 0
-                if name != "input":
-                    self._handles.append(model.get_submodule(name).register_forward_hook(self._after(name)))
+        for name in self.mixed_names():
+            self._sites[name] = 0
+            if name != "input":
+                self._handles.append(model.get_submodule(name).register_forward_hook(self._after(name)))
 
     def _draw(self, rows: int, device: torch.device) -> None:
         assert self._mixup is not None
