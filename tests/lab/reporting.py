@@ -4,41 +4,48 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
+from manifold_mixup.lab.records import Record
 from manifold_mixup.lab.report import write_report
+from manifold_mixup.lab.report.sources import Sources
+from manifold_mixup.lab.results import Result
 
 EVIL = "<script>alert(1)</script>"
 
 
-@dataclass(frozen=True)
-class Run:
-    label: str = "none"
-    seed: int = 0
-    metrics: dict[str, float | None] = field(default_factory=lambda: {"test_error": 3.0, "test_nll": 0.1})
-    experiment: str = "digits"
-    data: str = "digits"
-    model: str = "mlp"
-    method: str = "none"
-    options: dict[str, Any] = field(default_factory=dict)
-    best: dict[str, float | None] = field(default_factory=dict)
-    seconds: float = 1.5
-    versions: dict[str, str] = field(default_factory=lambda: {"torch": "2.13.0"})
-    hardware: dict[str, Any] = field(default_factory=lambda: {"cpus": 2})
-    command: str = "manifold-mixup compare --recipe digits"
-    folder: Path = Path("runs/digits")
-    train: dict[str, Any] = field(default_factory=dict)
+def run(label="none", seed=0, metrics=None, folder=Path("runs/digits"), measured=None, **changes):
+    """One finished run; ``changes`` are fields of its record."""
+    fields = {
+        "experiment": "digits",
+        "data": "digits",
+        "model": "mlp",
+        "method": "none",
+        "label": label,
+        "options": {},
+        "seed": seed,
+        "metrics": {"test_error": 3.0, "test_nll": 0.1} if metrics is None else metrics,
+        "best": {},
+        "train": {},
+        "config_hash": "0" * 16,
+        "versions": {"torch": "2.13.0"},
+        "hardware": {"cpus": 2},
+        "seconds": 1.5,
+        "command": "manifold-mixup compare --recipe digits",
+        "date": "2026-01-01T00:00:00+00:00",
+        **changes,
+    }
+    # values that a record's file cannot hold are tried as well
+    return Result(Record.model_construct(**fields, folder=folder), measured or {}, {})
 
 
 def runs(label, values, name="test_error", **keys):
     """One run for each value, seeds from 0."""
-    return [Run(label=label, seed=seed, metrics={name: value}, **keys) for seed, value in enumerate(values)]
+    return [run(label, seed, {name: value}, **keys) for seed, value in enumerate(values)]
 
 
 class Page(HTMLParser):
@@ -82,8 +89,9 @@ class Page(HTMLParser):
         return [json.loads(text) for kind, text in self.scripts if kind == "application/json"]
 
 
-def page(tmp_path, records, *failures, title="A comparison", **keys):
-    return Page(write_report(records, tmp_path / "page.html", title, failures, **keys).read_text(encoding="utf-8"))
+def page(tmp_path, results, *failures, title="A comparison", description="", **sources):
+    found = Sources(list(results), list(failures), **sources)
+    return Page(write_report(found, tmp_path / "page.html", title, description).read_text(encoding="utf-8"))
 
 
 def keep_pictures(folder, seed=0, **changes):
@@ -111,5 +119,5 @@ def spiral(tmp_path, labels=("none", "manifold"), seeds=(0,)):
             folder = tmp_path / "runs" / re.sub(r"\W", "", label) / str(seed)
             keep_pictures(folder, seed)
             metrics = {"test_accuracy": 90.0 + seed, "margin": 0.25}
-            found.append(Run(label, seed, metrics, experiment="spiral", data="spiral", folder=folder))
+            found.append(run(label, seed, metrics, folder, experiment="spiral", data="spiral"))
     return found

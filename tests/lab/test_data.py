@@ -93,6 +93,15 @@ def test_digits_sizes_and_scale():
     assert splits.train.x.max() == 1
 
 
+def test_which_data_are_images_and_which_of_them_are_read_as_they_are():
+    assert {name for name, entry in DATASETS.items() if entry.info.unit_range} == {"digits"}
+    assert load_data("digits", {}, 0).info.images
+    assert not load_data("spiral", {}, 0).info.images
+    for name, entry in DATASETS.items():
+        if entry.info.pixels is not None:
+            assert (entry.info.images, entry.info.unit_range) == (True, False), name
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_every_split_of_the_digits_has_the_shares_of_the_whole(seed):
     splits = load_data("digits", {}, seed)

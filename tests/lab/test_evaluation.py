@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def finished(tmp_path_factory):
 
 
 def everything():
-    return [(entry, entry.options()) for entry in MEASURES.values() if "images" not in entry.needs]
+    return [(entry, entry.options()) for entry in MEASURES.values()]
 
 
 def test_the_measures_of_a_record_can_be_had_again(finished):
@@ -60,6 +61,28 @@ def test_what_was_measured_is_added_to_the_folder(finished):
     lines = [json.loads(line) for line in (finished.folder / "evaluations.jsonl").read_text().splitlines()]
     assert lines[-2:] == [json.loads(json.dumps(found.summary())) for found in (first, second)]
     assert lines[-2]["command"] == "manifold-mixup evaluate"
+
+
+def test_arrays_of_the_last_weights_on_own_data_are_kept_in_the_folder(finished, foreign):
+    def ask(*measures, **options):
+        requests = parse_measures([{"name": name, "options": settings} for name, settings in measures])
+        return evaluate_run(finished.folder, requests, **options)
+
+    path = finished.folder / "spectra.safetensors"
+    path.unlink(missing_ok=True)
+    ask(("classification", {}))
+    ask(("spectra", {}), weights="best")
+    ask(("spectra", {}), data=foreign())
+    assert not path.exists()
+    assert finished.arrays("spectra") == {}
+    numbers = ask(("spectra", {}), ("classification", {})).metrics
+    kept = finished.arrays("spectra")
+    assert kept["by_class"].shape == (10, 12)
+    assert kept["effective_rank"].mean().item() == pytest.approx(numbers["svd_effective_rank"])
+    assert bytes(kept["layer"].tolist()) == b"hidden.1"
+    ask(("spectra", {"layer": "logits"}))
+    assert finished.arrays("spectra")["by_class"].shape == (10, 10)
+    assert not list(finished.folder.glob("classification*"))
 
 
 def test_a_run_that_is_not_finished_is_measured_at_its_checkpoint(tmp_path):
@@ -165,6 +188,20 @@ def test_data_that_changed_are_noticed(tmp_path, monkeypatch):
     (folder.path / "record.json").unlink()
     with pytest.raises(ConfigMismatch, match="have changed since the run in .* began"):
         execute(folder)
+
+
+def test_a_run_that_is_older_than_images_from_0_to_1_is_measured_like_any_other(finished, tmp_path):
+    folder = tmp_path / "seed-0"
+    shutil.copytree(finished.folder, folder)
+    facts = json.loads((folder / "data.json").read_text())
+    assert facts.pop("unit_range") is True
+    requests = parse_measures([{"name": "fgsm", "options": {}}, {"name": "deformations", "options": {}}])
+    (folder / "data.json").write_text(json.dumps(facts))
+    assert evaluate_run(folder, requests).metrics == evaluate_run(finished.folder, requests).metrics
+    (folder / "data.json").write_text(json.dumps({**facts, "name": "a set of somebody else"}))
+    assert evaluate_run(folder, ()).metrics
+    with pytest.raises(UsageError, match="measure 'fgsm' needs images"):
+        evaluate_run(folder, requests)
 
 
 def test_runs_are_found_in_folders_of_folders(finished, tmp_path):

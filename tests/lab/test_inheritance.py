@@ -111,6 +111,25 @@ def test_another_data_set_does_not_inherit_options(package):
     assert load_recipe("child").data.options["validation_examples"] == 5000
 
 
+@pytest.mark.parametrize(
+    ("lines", "measures"),
+    [
+        ("", ["knn", "fgsm:epsilon=8"]),
+        ('measures = ["noise"]', ["noise"]),
+        ("measures = []", []),
+        ("data.options.crop_padding = 4", ["knn", "fgsm:epsilon=8"]),
+        ('model.name = "wrn_28_2"', ["knn", "fgsm:epsilon=8"]),
+        ('data.name = "svhn"', []),
+        ('measures = ["noise"]\ndata.name = "svhn"', ["noise"]),
+    ],
+)
+def test_measures_come_along_unless_the_child_has_its_own_or_another_data_set(package, lines, measures):
+    text = PARENT.replace("seeds = [0, 1]", 'seeds = [0, 1]\nmeasures = ["knn", "fgsm:epsilon=8"]')
+    package(text.replace('"parent"', '"measured"'), "measured")
+    package(f'extends = "measured"\nname = "child"\n{lines}\n')
+    assert load_recipe("child").measures == measures
+
+
 def test_the_two_ways_to_say_the_length_replace_each_other(package):
     text = 'extends = "parent"\nname = "child"\n[train]\n{}\nschedule = "cosine"\n'
     package(text.format("steps = 9"))

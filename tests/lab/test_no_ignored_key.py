@@ -91,7 +91,8 @@ def test_what_should_change_nothing_changes_nothing(look):
     }
     plain = look(experiment)
     assert plain != REFUSED
-    for path, value in (("name", "other"), ("description", "text"), ("methods.0.label", "two")):
+    same = (("name", "other"), ("description", "text"), ("methods.0.label", "two"), ("measures", ["spectra"]))
+    for path, value in same:
         assert look(changed(experiment, path, value)) == plain
     assert look(changed(experiment, "seeds.0", 1)) != plain
 

@@ -103,6 +103,26 @@ BAD = {
         {"train__optimizer": "sgd", "train__nesterov": True},
         ["train: nesterov needs a momentum above 0"],
     ),
+    "unknown measure": ({"measures": ["knn", "knm:k=1"]}, ["measures.1: unknown measure 'knm': did you mean 'knn'"]),
+    "unknown option of a measure": (
+        {"measures": ["knn:neighbours=1"]},
+        ["measures.0: knn.neighbours: unknown key"],
+    ),
+    "bad value of a measure": (
+        {"measures": ["spectra:split=all"]},
+        ["measures.0: spectra.split: input should be 'test', 'validation' or 'train' (got 'all')"],
+    ),
+    "measure that does not read like one": (
+        {"measures": ["knn:"]},
+        ["measures.0 'knn:' should read name or name:key=value"],
+    ),
+    "measure twice": ({"measures": ["knn:k=1", "knn:k=3"]}, ["measures.1: measure 'knn' is listed twice"]),
+    "measures in one text": ({"measures": "knn"}, ["measures: input should be a valid list"]),
+    "measure that is no text": ({"measures": [3]}, ["measures.0: input should be a valid string"]),
+    "images asked of vectors": (
+        {"measures": ["knn", "noise:sd=0.1"]},
+        ["measures.1: measure 'noise' needs images, and data 'spiral' are none"],
+    ),
     "not a table": ({"data": "spiral"}, ["data: input should be a valid dictionary"]),
     "a method that is no table": ({"methods": ["none"]}, ["methods.0: input should be a valid dictionary"]),
 }
@@ -234,7 +254,7 @@ def test_every_option_changes_the_resolved_config(entry):
 
 def test_label_and_description_do_not_change_the_hash():
     plain = one_run(methods=[{"name": "none"}])
-    named = one_run(methods=[{"name": "none", "label": "plain"}], description="x", name="other")
+    named = one_run(methods=[{"name": "none", "label": "plain"}], description="x", name="other", measures=["knn"])
     assert plain.config.hash == named.config.hash
     assert (named.label, named.experiment) == ("plain", "other")
     assert plain.config.hash != one_run(seeds=[1]).config.hash

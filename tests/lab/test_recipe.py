@@ -48,6 +48,14 @@ def test_the_spiral_recipe_compares_the_methods_of_the_papers_figures():
     assert load_recipe("spiral").methods[2].options["layers"] == ["bottleneck"]
 
 
+def test_the_digits_recipes_are_measured_and_the_spiral_is_not():
+    for name in ("digits", "digits_resnet"):
+        measures = [parse_component(text, "measures") for text in load_recipe(name).measures]
+        assert [part["name"] for part in measures] == ["spectra", "fgsm", "deformations"]
+        assert "layer" not in measures[0]["options"]  # the first hidden layer
+    assert load_recipe("spiral").measures == []
+
+
 def test_the_digits_recipe_has_both_choices_of_layers_side_by_side():
     layers = [m.options["layers"] for m in load_recipe("digits").methods if m.name == "manifold_mixup"]
     assert layers == ["auto", ["hidden.1", "hidden.2"]]
@@ -175,6 +183,29 @@ def test_every_override_changes_the_recipe():
 def test_another_data_set_or_model_does_not_inherit_options():
     config = load_recipe("digits", Overrides(model="preact_resnet8", methods=["none"]))
     assert config.model.options == {"width": 16, "blocks": 1}
+
+
+def test_measures_replace_the_recipes_and_stay_with_its_data_set():
+    def listed(**changes):
+        return load_recipe("digits", Overrides(**changes)).measures
+
+    recipes = listed()
+    assert listed(measures=["knn:k=1", "noise"]) == ["knn:k=1", "noise"]
+    assert listed(measures=["none"]) == []
+    assert listed(settings=['measures=["knn"]']) == ["knn"]
+    assert listed(data="digits:train_examples=50") == listed(model="preact_resnet8", methods=["none"]) == recipes
+    spiral = {"data": "spiral", "model": "spiral_net", "methods": ["none"]}
+    assert listed(**spiral) == []
+    assert listed(**spiral, measures=["knn"]) == ["knn"]
+    with pytest.raises(RecipeError, match=r"measures\.1: measure 'fgsm' needs images, and data 'spiral' are none"):
+        listed(**spiral, measures=["knn", "fgsm"])
+    assert without_recipe(Overrides(measures=["fgsm"])).measures == ["fgsm"]
+
+
+def test_measures_are_no_part_of_a_run():
+    plain, measured = load_recipe("digits", Overrides(measures=["none"])), load_recipe("digits")
+    assert plain != measured
+    assert [run.config for run in plain.runs()] == [run.config for run in measured.runs()]
 
 
 def test_keep_selects_by_name_or_label():

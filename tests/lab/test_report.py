@@ -1,19 +1,23 @@
 """The page: what it says, what it shows as text, and what it refuses."""
 
+import base64
+import gzip
+import html
 import json
 import math
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from plotly.offline import get_plotlyjs
 
-from lab.reporting import EVIL, Run, keep_pictures, page, runs, spiral
+from lab.reporting import EVIL, Page, keep_pictures, page, run, runs, spiral
 from manifold_mixup.lab.errors import StorageError, UsageError
 from manifold_mixup.lab.records import Failure, Record
 from manifold_mixup.lab.report import write_report
 from manifold_mixup.lab.report.findings import listed, number
+from manifold_mixup.lab.report.sources import Sources
+from manifold_mixup.lab.results import Result
 from manifold_mixup.lab.statistics import format_mean_sd, paired_difference, summary
 
 # ---------------------------------------------------------------- what the page is
@@ -21,8 +25,9 @@ from manifold_mixup.lab.statistics import format_mean_sd, paired_difference, sum
 
 def test_the_page_is_one_small_file_that_loads_nothing(tmp_path):
     found = page(tmp_path, spiral(tmp_path, labels=[f"m{i}" for i in range(8)]))
-    assert len(found.source.encode()) < 8_000_000
-    assert sum(text.strip() == get_plotlyjs().strip() for _, text in found.scripts) == 1
+    assert len(found.source.encode()) < 4_000_000
+    (packed,) = [text for kind, text in found.scripts if kind == "application/gzip"]
+    assert gzip.decompress(base64.b64decode(packed)).decode() == get_plotlyjs()
     links = [attrs[key] for _, attrs in found.tags for key in ("src", "href") if key in attrs]
     assert all(link.startswith("#") for link in links)
     policies = [a["content"] for tag, a in found.tags if a.get("http-equiv") == "Content-Security-Policy"]
@@ -49,24 +54,21 @@ def test_the_real_record_is_understood(tmp_path):
         versions={"torch": "2"}, hardware={"cpus": 2}, seconds=4.0, command="manifold-mixup train", date="2025",
         folder=tmp_path,
     )  # fmt: skip
-    found = page(tmp_path, [record])
-    for words in ("plain", "2.50", "2.25", "steps = 77", "network width = 8", "alpha = 1.0", "manifold-mixup train"):
+    found = page(tmp_path, [Result(record, {"test_ece": 1.5}, {})])
+    for words in ("plain", "1.50", "2.50", "2.25", "steps = 77", "network width = 8", "alpha = 1.0", "manifold-mixup train"):
         assert words in found.words
 
 
 def test_settings_versions_hardware_seeds_and_commands_are_named(tmp_path):
-    one = [
-        replace(run, train={"settings": {"lr": 0.001, "weight_decay": 0.0}})
-        for run in runs("none", [3.0, 4.0], best={"test_error": 1.0})
-    ]
-    two = [
-        replace(run, options={"strength": 0.5}, train={"settings": {"lr": 0.001, "weight_decay": 0.5}}, command="again")
-        for run in runs("decay", [3.0, 4.0], versions={"torch": "2.14.0"})
-    ]
+    plain, other = ({"settings": {"lr": 0.001, "weight_decay": decay}} for decay in (0.0, 0.5))
+    one = runs("none", [3.0, 4.0], best={"test_error": 1.0}, train=plain)
+    two = runs(
+        "decay", [3.0, 4.0], options={"strength": 0.5}, versions={"torch": "2.14.0"}, train=other, command="again"
+    )
     found = page(tmp_path, one + two)
     assert "training, all methods lr = 0.001 runs" in found.words
     assert "strength = 0.5, weight_decay = 0.5" in found.words
-    for words in ("torch 2.13.0", "torch 2.14.0", "cpus 2", "seeds 0, 1", "4, 6 seconds in all", "again"):
+    for words in ("torch 2.13.0", "torch 2.14.0", "cpus 2", "seeds 0, 1", "runs 4, 6 s in all", "again"):
         assert words in found.words
     assert "manifold-mixup compare --recipe digits" in found.words
     assert "Weights with the best validation score" in found.words
@@ -127,7 +129,7 @@ def test_one_method_has_nothing_to_compare_with(tmp_path):
 
 
 def test_failed_and_missing_runs_are_named(tmp_path):
-    records = [*runs("none", [3.0, 3.1, 3.2]), *runs("a", [2.0]), Run("b", 2, {"test_error": 5.0})]
+    records = [*runs("none", [3.0, 3.1, 3.2]), *runs("a", [2.0]), run("b", 2, {"test_error": 5.0})]
     failures = [
         Failure("digits", "a", 1, "ran out of memory"),
         Failure("digits", "gone", 0, "no such layer"),
@@ -159,7 +161,7 @@ def test_a_first_method_that_diverged_still_makes_a_page(tmp_path):
 
 
 def test_measures_that_some_runs_lack_are_said_so(tmp_path):
-    records = [*runs("none", [3.0, 3.1]), Run("none", 2, {}), *runs("a", [2.0, 2.1])]
+    records = [*runs("none", [3.0, 3.1]), run("none", 2, {}), *runs("a", [2.0, 2.1])]
     assert "measured in 2 of 3 runs" in page(tmp_path, records).words
 
 
@@ -190,12 +192,15 @@ def test_a_repeated_run_replaces_the_earlier_one_and_this_is_said(tmp_path):
 def test_experiments_have_sections_of_their_own(tmp_path):
     found = page(tmp_path, [*runs("none", [3.0]), *runs("none", [4.0], experiment="spiral", data="spiral")])
     assert [attrs["id"] for tag, attrs in found.tags if tag == "section"] == ["experiment-1", "experiment-2"]
-    assert [attrs["href"] for tag, attrs in found.tags if tag == "a"] == ["#experiment-1", "#experiment-2"]
+    assert [a["href"] for tag, a in found.tags if tag == "a" and a["href"].count("-") == 1] == [
+        "#experiment-1",
+        "#experiment-2",
+    ]
 
 
 def test_without_records_there_is_no_page(tmp_path):
     with pytest.raises(UsageError, match="nothing to report"):
-        write_report([], tmp_path / "page.html", "t")
+        write_report(Sources(), tmp_path / "page.html", "t")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -207,29 +212,70 @@ def test_labels_with_commas_are_quoted_in_sentences(tmp_path):
 # ---------------------------------------------------------------- hostile text
 
 
-def test_whatever_a_record_holds_is_shown_as_text(tmp_path):
+def hostile(tmp_path, evil):
+    """A page of an experiment whose every text ends with ``evil``."""
     folder = tmp_path / "runs"
     keep_pictures(folder)
-    evil = [
-        Run(
-            f"{label}{EVIL}", seed, {"test_error": 3.0 + seed + gap, f"m{EVIL}": 1.0}, EVIL, f"d{EVIL}", f"n{EVIL}",
-            f"x{EVIL}", {f"o{EVIL}": f"v{EVIL}"}, {f"b{EVIL}": 2.0}, versions={f"p{EVIL}": f"q{EVIL}"},
-            hardware={f"h{EVIL}": f"w{EVIL}"}, command=f"c{EVIL}", folder=folder,
-            train={"settings": {f"s{EVIL}": f"t{EVIL}"}},
+    found = [
+        run(
+            f"{label}{evil}", seed, {"test_error": 3.0 + seed + gap, f"m{evil}": 1.0}, folder,
+            experiment=f"E{evil}", data=f"d{evil}", model=f"n{evil}", method=f"x{evil}",
+            options={f"o{evil}": f"v{evil}"}, best={f"b{evil}": 2.0},
+            versions={f"p{evil}": f"q{evil}", "commit": f"r{evil}"}, hardware={f"h{evil}": f"w{evil}"},
+            command=f"c{evil}", train={"settings": {f"s{evil}": f"t{evil}"}},
         )
         for label, gap in (("one", 0.0), ("two", 0.7)) for seed in (0, 1)
     ]  # fmt: skip
-    failure = Failure(EVIL, f"f{EVIL}", 1, f"e{EVIL}")
-    found = page(tmp_path, evil, failure, title=f"T{EVIL}", description=f"D{EVIL}")
+    failures = [Failure(f"E{evil}", f"f{evil}", 1, f"e{evil}"), Failure(f"O{evil}", f"l{evil}", 1, f"y{evil}")]
+    about = {f"E{evil}": f"A{evil}"}
+    return page(tmp_path, found, *failures, title=f"T{evil}", description=f"D{evil}", descriptions=about)
+
+
+LETTERS = ("T", "D", "E", "A", "O", "d", "n", "x", "o", "v", "p", "q", "r", "h", "w", "f", "e", "l", "y", "s", "t", "b")
+
+
+def test_whatever_a_record_holds_is_shown_as_text(tmp_path):
+    found = hostile(tmp_path, EVIL)
     figures = found.figures
     assert len(found.scripts) == len(figures) + 2  # plotly.js and the page's own
     assert not any(text.strip() == "alert(1)" for _, text in found.scripts)
-    for letter in ("T", "D", "d", "n", "x", "o", "v", "p", "q", "h", "w", "c", "f", "e", "s", "t", "b", "one", "two"):
+    for letter in (*LETTERS, "m", "one", "two"):
         assert f"{letter}{EVIL}" in found.words, letter
+    assert f"'c{EVIL}'" in found.words, "of a command each word is quoted for the shell"
     # plotly.js reads markup in its labels, so there the brackets are entities.
     texts = json.dumps(figures)
     assert "<" not in texts.replace("<extra></extra>", "").replace("<br>", "")
     assert "one&lt;script&gt;alert" in texts
+
+
+@pytest.mark.parametrize(
+    "evil",
+    [
+        EVIL,
+        '" onmouseover="alert(1)',
+        "' onfocus='alert(1)' autofocus x='",
+        '"><img src=x onerror=alert(1)>',
+        "</pre></script><script>alert(1)//",
+        "]]><!--",
+        "{{ 7 * 7 }}{% raw %}",
+        "&lt;b&gt;&quot;",
+    ],
+)
+def test_no_text_changes_the_tags_and_attributes_of_the_page(tmp_path, evil):
+    def shape(found):
+        return [(tag, list(attrs)) for tag, attrs in found.tags]
+
+    found = hostile(tmp_path / "evil", evil)
+    assert shape(found) == shape(hostile(tmp_path / "tame", "-"))
+    for letter in LETTERS:
+        assert f"{letter}{evil}" in found.words, letter
+    attributes = {key: [attrs[key] for _, attrs in found.tags if key in attrs] for key in ("data-copy", "aria-label")}
+    assert f"Sections of E{evil}" in attributes["aria-label"]
+    assert f"one{evil}" in attributes["aria-label"], "the card of the pictures"
+    copies = attributes["data-copy"]
+    assert any(copy.startswith("| method | n |") and f"| one{evil} | 2 |" in copy for copy in copies)
+    assert any(copy.startswith("method,n,") for copy in copies)
+    assert any(copy.startswith("% needs") for copy in copies)
 
 
 def test_a_label_cannot_leave_its_json_block(tmp_path):
@@ -237,6 +283,7 @@ def test_a_label_cannot_leave_its_json_block(tmp_path):
     found = page(tmp_path, runs(label, [3.0, 4.0]) + runs("b", [3.0, 5.0]))
     assert not [attrs for tag, attrs in found.tags if tag == "img"]
     assert len(found.figures) == 1
+    assert found.figures[0]["data"][0]["name"] == html.escape(label, quote=False)
     assert label.replace("\u2028", "").strip() in found.words
 
 
@@ -244,7 +291,7 @@ def test_folders_with_markup_in_their_names(tmp_path):
     folder = tmp_path / "<b>bold<script>"
     keep_pictures(folder)
     (folder / "pictures.safetensors").write_bytes(b"nonsense")
-    found = page(tmp_path, [Run(folder=folder)])
+    found = page(tmp_path, [run(folder=folder)])
     assert str(folder) in found.words
     assert "b" not in [tag for tag, _ in found.tags]
 
@@ -261,13 +308,13 @@ def test_a_write_that_fails_leaves_the_old_page_and_nothing_else(tmp_path, monke
 
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(StorageError, match="No space left"):
-        write_report(runs("none", [3.0]), path, "t")
+        write_report(Sources(runs("none", [3.0])), path, "t")
     assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
     assert path.read_text() == "old"
 
 
 def test_a_page_in_a_new_folder(tmp_path):
-    path = write_report(runs("none", [3.0]), tmp_path / "new" / "page.html", "t")
+    path = write_report(Sources(runs("none", [3.0])), tmp_path / "new" / "page.html", "t")
     assert path.exists()
 
 

@@ -2,10 +2,10 @@
 
 import base64
 import math
+import statistics
 import struct
 import xml.etree.ElementTree as ET
 import zlib
-from dataclasses import replace
 
 import numpy as np
 import plotly.graph_objects as go
@@ -16,7 +16,8 @@ from lab.reporting import EVIL, keep_pictures, page, runs, spiral
 from manifold_mixup.lab.errors import CorruptedFile, UsageError
 from manifold_mixup.lab.report import write_figure
 from manifold_mixup.lab.report.collect import collect
-from manifold_mixup.lab.report.figures import hidden_figure, seeds_figure, surface_figure
+from manifold_mixup.lab.report.figures.seeds import seeds_figure
+from manifold_mixup.lab.report.figures.spiral import hidden_figure, surface_figure
 from manifold_mixup.lab.report.pictures import SURFACE_COLOURS, read_pictures, surface_png
 
 # ---------------------------------------------------------------- pictures
@@ -24,34 +25,58 @@ from manifold_mixup.lab.report.pictures import SURFACE_COLOURS, read_pictures, s
 
 def test_every_method_has_its_two_pictures_and_the_seed_is_named(tmp_path):
     found = page(tmp_path, spiral(tmp_path, labels=("none", "input", "manifold"), seeds=(4, 5)))
-    names = [attrs["aria-label"] for _, attrs in found.tags if attrs.get("class") == "figure"]
-    assert names[:6] == [
+    names = [attrs["aria-label"] for _, attrs in found.tags if attrs.get("class") == "plot"]
+    pictures = [name for name in names if name.startswith(("Decision surface", "Hidden states"))]
+    assert [name.partition(".")[0] for name in pictures] == [
         f"{kind}: {label}"
         for label in ("none", "input", "manifold")
         for kind in ("Decision surface in input space", "Hidden states")
     ]
+    articles = [attrs["aria-label"] for tag, attrs in found.tags if tag == "article"]
+    assert articles == ["none", "input", "manifold"]
+    assert "Decision surfaces and hidden states" in found.words
     assert "All of seed 4, last weights." in found.words
+
+
+def test_whoever_cannot_see_the_pictures_reads_their_numbers(tmp_path):
+    records = spiral(tmp_path, labels=("none",))
+    arrays = keep_pictures(records[0].record.folder, seed=3)
+    surface, hidden = arrays["surface"].astype(float), arrays["train_hidden"].astype(float).tolist()
+    unsure = sum(0.1 < value < 0.9 for value in surface.ravel().tolist()) / 400
+    spreads = []
+    for points in (hidden[:10], hidden[10:]):
+        x, y = zip(*points, strict=True)
+        spreads.append(math.sqrt(statistics.pvariance(x) + statistics.pvariance(y)))
+    words = page(tmp_path, records).words
+    assert f"{unsure:.0f} % of the square have a probability between 0.1 and 0.9." in words
+    assert f"from the mean of their class: red {spreads[0]:.2f}, blue {spreads[1]:.2f}." in words
 
 
 def test_a_method_without_that_seed_says_so(tmp_path):
     records = spiral(tmp_path, seeds=(0, 1))
-    found = page(tmp_path, [run for run in records if (run.label, run.seed) != ("manifold", 0)])
+    found = page(tmp_path, [r for r in records if (r.record.label, r.record.seed) != ("manifold", 0)])
     assert "seed 1; seed 0 is missing" in found.words
 
 
 def test_missing_and_damaged_pictures_are_said_so(tmp_path):
-    records = spiral(tmp_path, labels=("none", "damaged", "other", "absent"))
-    (records[1].folder / "pictures.safetensors").write_bytes(b"nonsense")
-    save_file({"surface": np.zeros((2, 2), np.float32)}, records[2].folder / "pictures.safetensors")
-    (records[3].folder / "pictures.safetensors").unlink()
+    records = spiral(tmp_path, labels=("none", "damaged", "other", "absent", "shapes"))
+    folders = [result.record.folder for result in records]
+    (folders[1] / "pictures.safetensors").write_bytes(b"nonsense")
+    save_file({"surface": np.zeros((2, 2), np.float32)}, folders[2] / "pictures.safetensors")
+    (folders[3] / "pictures.safetensors").unlink()
+    keep_pictures(folders[4], extent=np.zeros(3, np.float32), train_hidden=np.zeros((19, 2), np.float32))
     words = page(tmp_path, records).words
     assert "pictures.safetensors is corrupted" in words
     assert "pictures.safetensors lacks extent, train_x" in words
     assert "this run kept no pictures" in words
+    assert "pictures.safetensors has arrays of another shape: extent, train_hidden" in words
+    assert "Decision surface in input space: none" in words, "the others are drawn"
 
 
 def test_without_pictures_there_is_no_such_section(tmp_path):
-    assert "Pictures" not in page(tmp_path, runs("none", [3.0])).words
+    found = page(tmp_path, runs("none", [3.0]))
+    assert "Decision surfaces" not in found.words
+    assert not [attrs for _, attrs in found.tags if attrs.get("id") == "experiment-1-pictures"]
 
 
 def unpacked(array):
@@ -87,12 +112,24 @@ def test_figures_are_valid_plotly_and_hold_the_arrays(tmp_path):
 
 
 def test_the_seeds_figure_shows_every_finite_run(tmp_path):
-    experiment = collect(runs("none", [1.0, None, 2.0]) + runs("a rather long label of a method", [3.0]))[0]
-    means, dots = seeds_figure(experiment, "test_error")["data"]
-    assert dots["x"] == [1.0, 2.0, 3.0]
-    assert dots["text"] == ["seed 0", "seed 2", "seed 0"]
-    assert means["x"] == [1.5, 3.0]
-    assert means["y"][1] == "a rather long label<br>of a method"
+    long = "a rather long label of a method"
+    experiment = collect(runs("none", [1.0, None, 2.0]) + runs(long, [3.0]) + runs("lost", [None]))[0]
+    figure = seeds_figure(experiment, "test_error")
+    dots, means = figure["data"][::2], figure["data"][1::2]
+    assert [trace["x"] for trace in dots] == [[1.0, 2.0], [3.0]]
+    assert [trace["text"] for trace in dots] == [["seed 0", "seed 2"], ["seed 0"]]
+    assert [trace["x"] for trace in means] == [[1.5], [3.0]]
+    wrapped = "a rather long label<br>of a method"
+    assert [trace["y"] for trace in (*dots, *means)] == [["none"] * 2, [wrapped], ["none"], [wrapped]]
+    assert [trace["legendgroup"] for trace in figure["data"]] == ["method-0", "method-0", "method-1", "method-1"]
+    assert [trace["name"] for trace in dots] == ["none", long]
+    assert figure["layout"]["yaxis"]["categoryarray"] == ["none", wrapped, "lost"], "a row without a dot"
+
+
+def test_the_page_says_the_mean_and_spread_of_every_method_beside_the_seeds(tmp_path):
+    words = page(tmp_path, runs("none", [1.0, None, 2.0]) + runs("a", [3.0])).words
+    assert "Test error (%) of every run".lower() in words.lower()
+    assert "mean and standard deviation: none 1.50 ± 0.71, a 3.00." in words
 
 
 def test_the_png_holds_the_surface_from_top_to_bottom():
@@ -113,8 +150,12 @@ def test_the_png_holds_the_surface_from_top_to_bottom():
     assert [tuple(palette[i]) for i in (0, 255)] == [SURFACE_COLOURS[0][1], SURFACE_COLOURS[-1][1]]
 
 
+def recorded(results):
+    return [result.record for result in results]
+
+
 def test_the_still_figure_is_valid_svg_with_a_column_per_method(tmp_path):
-    path = write_figure(spiral(tmp_path, labels=("none", EVIL, "manifold")), tmp_path / "figure.svg")
+    path = write_figure(recorded(spiral(tmp_path, labels=("none", EVIL, "manifold"))), tmp_path / "figure.svg")
     root = ET.parse(path).getroot()
     name = "{http://www.w3.org/2000/svg}"
     texts = [element.text for element in root.iter(f"{name}text")]
@@ -133,7 +174,7 @@ def test_the_still_figure_is_valid_svg_with_a_column_per_method(tmp_path):
 
 
 def test_columns_of_the_still_figure_can_be_chosen(tmp_path):
-    records = spiral(tmp_path, labels=("a", "b", "c"))
+    records = recorded(spiral(tmp_path, labels=("a", "b", "c")))
     source = write_figure(records, tmp_path / "figure.svg", columns=["c", "a"]).read_text()
     assert source.index(">c</text>") < source.index(">a</text>")
     assert ">b</text>" not in source
@@ -144,20 +185,22 @@ def test_columns_of_the_still_figure_can_be_chosen(tmp_path):
 def test_a_diverged_network_can_still_be_drawn(tmp_path):
     records = spiral(tmp_path, labels=("none",))
     lost = np.full((20, 2), np.nan, np.float32)
-    keep_pictures(records[0].folder, surface=np.full((200, 200), np.nan, np.float16), train_hidden=lost)
-    root = ET.parse(write_figure(records, tmp_path / "figure.svg")).getroot()
+    keep_pictures(records[0].record.folder, surface=np.full((200, 200), np.nan, np.float16), train_hidden=lost)
+    root = ET.parse(write_figure(recorded(records), tmp_path / "figure.svg")).getroot()
     assert len(list(root.iter("{http://www.w3.org/2000/svg}circle"))) == 20 + 700
-    assert len(page(tmp_path, records).figures) == 4
+    found = page(tmp_path, records)
+    assert len(found.figures) == 4
+    assert "of their class: red without a finite number, blue without a finite number." in found.words
 
 
 def test_the_still_figure_needs_pictures_of_one_experiment(tmp_path):
     with pytest.raises(UsageError, match="one experiment with pictures, not 0"):
-        write_figure(runs("none", [1.0]), tmp_path / "figure.svg")
+        write_figure(recorded(runs("none", [1.0])), tmp_path / "figure.svg")
     with pytest.raises(UsageError, match="nothing to report"):
         write_figure([], tmp_path / "figure.svg")
-    one = spiral(tmp_path, labels=("none",))
+    one = recorded(spiral(tmp_path, labels=("none",)))
     with pytest.raises(UsageError, match="not 2"):
-        write_figure([*one, replace(one[0], experiment="other")], tmp_path / "figure.svg")
+        write_figure([*one, one[0].model_copy(update={"experiment": "other"})], tmp_path / "figure.svg")
     (one[0].folder / "pictures.safetensors").write_bytes(b"")
     with pytest.raises(CorruptedFile):
         write_figure(one, tmp_path / "figure.svg")

@@ -71,6 +71,20 @@ def test_a_study_is_run_measured_shown_and_never_run_twice(study, tmp_path):
     assert again[0].results == first.results
 
 
+def test_a_run_that_cannot_be_measured_is_named_and_the_others_are_measured(study, tmp_path):
+    reproduce(plan(study, "desk", settings=["seeds=[0]"]), "desk", Settings(tmp_path))
+    folder = tmp_path / "small" / "none" / "seed-0"
+    (folder / "evaluations.jsonl").unlink()
+    (folder / "model.safetensors").unlink()
+    pieces = plan(study, "desk")
+    reproduce(pieces, "desk", Settings(tmp_path))
+    assert pieces[0].trouble.startswith("1 runs could not be measured; the first: none, seed 0: ")
+    assert "holds no model.safetensors" in pieces[0].trouble
+    measured = {(r.record.label, r.record.seed): set(r.measures) for r in pieces[0].results}
+    assert measured.pop(("none", 0)) == set()
+    assert list(measured.values()) == [{"knn"}] * 3
+
+
 def test_published_and_ours_stand_side_by_side(study, tmp_path):
     pieces = plan(study, "desk")
     reproduce(pieces, "desk", Settings(tmp_path))

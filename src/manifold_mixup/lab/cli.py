@@ -16,6 +16,8 @@ import typer
 
 from manifold_mixup.lab.flags import (
     AcceleratorOption,
+    AlsoMeasureOption,
+    AlsoMeasuresOption,
     ByOrderOption,
     CheckpointOption,
     DataDirOption,
@@ -28,6 +30,7 @@ from manifold_mixup.lab.flags import (
     GpusPerRunOption,
     JobsOption,
     JsonOption,
+    LoggerOption,
     MeasureOption,
     MeasuresOption,
     MethodOption,
@@ -51,12 +54,12 @@ from manifold_mixup.lab.flags import (
     WeightsOption,
     WidthOption,
 )
-from manifold_mixup.lab.invocation import choose_experiment, command_line, make_settings, run_all
+from manifold_mixup.lab.invocation import ExperimentPage, choose_experiment, command_line, make_settings, run_all
 from manifold_mixup.lab.listings import datasets, layers, measures, methods, print_json
+from manifold_mixup.lab.report_command import board, report
 from manifold_mixup.lab.reproduce_command import reproduce
 
 if TYPE_CHECKING:
-    from manifold_mixup.lab.config import ExperimentConfig
     from manifold_mixup.lab.evaluation import Evaluation
     from manifold_mixup.lab.experiment import Outcome
 
@@ -95,6 +98,7 @@ def demo(
     runs: RunsOption = Path("runs"),
     seeds: SeedsOption = "3",
     jobs: JobsOption = 0,
+    logger: LoggerOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     checkpoint_every: CheckpointOption = 15.0,
@@ -109,8 +113,9 @@ def demo(
 
     keep = ("none", "input_mixup", "manifold_mixup")
     configs = [load_recipe(name, Overrides(seeds=seeds, keep=keep)) for name in ("spiral", "digits")]
-    outcome = run_all(configs, make_settings(runs, jobs, checkpoint_every), quiet)
-    _print_comparison(outcome, configs, runs / "demo.html", "Manifold Mixup: the demo", as_json)
+    page = ExperimentPage(configs, runs, runs / "demo.html", "Manifold Mixup: the demo")
+    outcome = run_all(configs, make_settings(runs, jobs, checkpoint_every, logger=logger), quiet, page)
+    _print_comparison(outcome, page, as_json)
 
 
 @app.command()
@@ -127,6 +132,8 @@ def compare(
     epochs: EpochsOption = None,
     steps: StepsOption = None,
     settings: SetOption = None,
+    measures: AlsoMeasuresOption = None,
+    measure: AlsoMeasureOption = None,
     runs: RunsOption = Path("runs"),
     name: NameOption = None,
     figure: FigureOption = None,
@@ -138,6 +145,7 @@ def compare(
     accelerator: AcceleratorOption = "auto",
     devices: DevicesOption = 1,
     nodes: NodesOption = 1,
+    logger: LoggerOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     checkpoint_every: CheckpointOption = 15.0,
@@ -157,23 +165,26 @@ def compare(
     """
     from manifold_mixup.lab.errors import UsageError
     from manifold_mixup.lab.recipe import Overrides
-    from manifold_mixup.lab.report import write_figure
 
     if recipe is None and data is None:
         raise UsageError("say what to compare: --recipe NAME, or --data NAME with --model and --methods")
-    listed = [*(item for item in (methods or "").split(",") if item.strip()), *(method or ())]
+    listed = [*_names(methods), *(method or ())]
     more = [*(settings or ()), *([f"name={name}"] if name and recipe else [])]
     changes = Overrides(data=data, model=model, methods=listed, seeds=seeds, steps=steps, epochs=epochs, settings=more)
     changes = dataclasses.replace(changes, train_examples=train_examples, width=width, threads=threads)
+    changes = dataclasses.replace(changes, measures=[*_names(measures), *(measure or ())])
     config = choose_experiment(recipe, changes, data_dir, name)
     ray = (executor, ray_address, gpus_per_run)
-    how = make_settings(runs, jobs, checkpoint_every, data_dir, (accelerator, devices, nodes), ray)
-    outcome = run_all([config], how, quiet)
-    if not how.devices.first:
-        return
-    if figure is not None:
-        write_figure(outcome.records, figure)
-    _print_comparison(outcome, [config], runs / config.name / "report.html", f"Manifold Mixup: {config.name}", as_json)
+    how = make_settings(runs, jobs, checkpoint_every, data_dir, (accelerator, devices, nodes), ray, logger)
+    page = ExperimentPage([config], runs, runs / config.name / "report.html", f"Manifold Mixup: {config.name}")
+    outcome = run_all([config], how, quiet, page)
+    if how.devices.first:
+        _print_comparison(outcome, page, as_json, figure)
+
+
+def _names(text: str | None) -> list[str]:
+    """What is joined by commas."""
+    return [item for item in (text or "").split(",") if item.strip()]
 
 
 @app.command()
@@ -194,6 +205,7 @@ def train(
     accelerator: AcceleratorOption = "auto",
     devices: DevicesOption = 1,
     nodes: NodesOption = 1,
+    logger: LoggerOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     checkpoint_every: CheckpointOption = 15.0,
@@ -217,7 +229,7 @@ def train(
     changes = dataclasses.replace(changes, steps=steps, epochs=epochs, width=width, threads=threads)
     changes = dataclasses.replace(changes, train_examples=train_examples)
     config = choose_experiment(recipe, changes, data_dir, "train")
-    how = make_settings(runs, 1, checkpoint_every, data_dir, (accelerator, devices, nodes))
+    how = make_settings(runs, 1, checkpoint_every, data_dir, (accelerator, devices, nodes), logger=logger)
     outcome = run_all([config], how, quiet)
     if not how.devices.first:
         return
@@ -267,8 +279,8 @@ def evaluate(
 
     if weights not in (None, "last", "best", "checkpoint"):
         raise UsageError(f"--weights {weights!r} should be last, best or checkpoint")
-    listed = [item for item in (measures or "").split(",") if item.strip()]
-    requests = parse_measures([parse_component(text, "--measure") for text in [*listed, *(measure or ())]])
+    listed = [*_names(measures), *(measure or ())]
+    requests = parse_measures([parse_component(text, "--measure") for text in listed])
     foreign = None if data is None else Component.model_validate(parse_data(data))
     torch.set_num_threads(threads or os.cpu_count() or 1)
     found = []
@@ -301,28 +313,26 @@ def _print_measured(found: Sequence[Evaluation]) -> None:
         typer.echo(note)
 
 
-for command in (reproduce, methods, measures, datasets, layers):
+for command in (reproduce, report, board, methods, measures, datasets, layers):
     app.command()(command)
 
 
-def _print_comparison(
-    outcome: Outcome, configs: Sequence[ExperimentConfig], page: Path, title: str, as_json: bool
-) -> None:
+def _print_comparison(outcome: Outcome, page: ExperimentPage, as_json: bool, figure: Path | None = None) -> None:
     from manifold_mixup.lab import display
-    from manifold_mixup.lab.report import write_report
+    from manifold_mixup.lab.report import write_figure
 
-    if outcome.records:
-        description = " ".join(f"{config.description}." for config in configs if config.description)
-        written = write_report(outcome.records, page, title, outcome.failures, description)
-        if as_json:
-            for record in outcome.records:
-                print_json(record.summary())
-        else:
-            out = display.console()
-            for config in configs:
-                for table in display.comparison([r for r in outcome.records if r.experiment == config.name]):
-                    out.print(table)
-            typer.echo(f"page: {written}")
+    if figure is not None:
+        write_figure(outcome.records, figure)
+    written = page.write()
+    if as_json:
+        for record in outcome.records:
+            print_json(record.summary())
+    else:
+        out = display.console()
+        for config in page.configs:
+            for table in display.comparison([r for r in outcome.records if r.experiment == config.name]):
+                out.print(table)
+        typer.echo(f"page: {written}")
     _raise_failures(outcome)
 
 
@@ -334,6 +344,10 @@ def _raise_failures(outcome: Outcome) -> None:
         total = len(outcome.failures) + len(outcome.records)
         which = f"{first.label}, seed {first.seed}"
         raise RunsFailed(f"{len(outcome.failures)} of {total} runs failed; the first: {which}: {first.error}")
+    if outcome.unmeasured:
+        first = outcome.unmeasured[0]
+        some = f"{len(outcome.unmeasured)} of {len(outcome.records)} runs could not be measured"
+        raise RunsFailed(f"{some}; the first: {first.label}, seed {first.seed}: {first.error}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

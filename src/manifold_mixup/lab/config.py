@@ -169,6 +169,10 @@ class ExperimentConfig(Options):
     train: TrainConfig = TrainConfig()
     methods: list[MethodConfig] = Field(min_length=1)
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
+    measures: list[str] = Field(
+        default_factory=list,
+        description="what finished runs are measured with beside what is in every record, as on the command line",
+    )
 
     def runs(self) -> Iterator[PlannedRun]:
         """Every run, seed by seed, so that an interrupted experiment has all methods at the seeds it reached."""

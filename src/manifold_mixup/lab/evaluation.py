@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from manifold_mixup.lab import storage
 from manifold_mixup.lab.config import Component, RunConfig
-from manifold_mixup.lab.data import DataInfo, Examples, Pixels, Places, load_data, load_test
+from manifold_mixup.lab.data import DATASETS, DataInfo, Examples, Pixels, Places, load_data, load_test
 from manifold_mixup.lab.devices import Devices, make_fabric
 from manifold_mixup.lab.errors import CorruptedFile, LabError, StorageError, UsageError, nearest
 from manifold_mixup.lab.measures.base import Measure, Subject
@@ -104,6 +104,8 @@ def evaluate_run(
 ) -> Evaluation:
     """Measure one run and add the numbers to its ``evaluations.jsonl``.
 
+    Measures of the last weights on the run's own data that have arrays to draw keep them in ``<measure>.safetensors``.
+
     Args:
         folder: The run's folder.
         requests: What to measure; the measures of every record if empty.
@@ -126,14 +128,8 @@ def evaluate_run(
         parts["test"] = _foreign(data, info, by_order, places or Places())
         if seen := _seen(parts):
             notes.append(f"the run was trained or validated on {seen} of these {len(parts['test'])} examples")
-    with torch.random.fork_rng(devices=[]):
-        model, hidden = fresh_model(run, info)
-    try:
-        model.load_state_dict(dict(state))
-    except RuntimeError as error:
-        raise CorruptedFile(f"the weights in {folder} do not fit the network: {error}") from error
-    fabric = make_fabric(devices or Devices(), "32-true")
-    model.to(fabric.device).eval()
+    model, hidden = _network(run, info, state, folder)
+    model.to(make_fabric(devices or Devices(), "32-true").device).eval()
     subject = Subject(model, info, parts, hidden, run.seed)
     chosen = list(requests) or always(subject)
     found = Evaluation(
@@ -148,8 +144,27 @@ def evaluate_run(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command,
     )
+    if which == "last" and data is None:
+        _keep_arrays(subject, chosen, folder)
     _append(found, folder / EVALUATIONS)
     return found
+
+
+def _network(run: RunConfig, info: DataInfo, state: Mapping[str, Tensor], folder: Path) -> tuple[nn.Module, list[str]]:
+    """The run's network with these weights, and the names of its hidden layers."""
+    with torch.random.fork_rng(devices=[]):
+        model, hidden = fresh_model(run, info)
+    try:
+        model.load_state_dict(dict(state))
+    except RuntimeError as error:
+        raise CorruptedFile(f"the weights in {folder} do not fit the network: {error}") from error
+    return model, hidden
+
+
+def _keep_arrays(subject: Subject, chosen: Sequence[tuple[Measure, Any]], folder: Path) -> None:
+    for entry, options in chosen:
+        if entry.arrays is not None:
+            storage.write_tensors(folder / f"{entry.name}.safetensors", entry.arrays(subject, options))
 
 
 def _append(found: Evaluation, path: Path) -> None:
@@ -180,6 +195,8 @@ def _read_info(folder: Path) -> DataInfo:
         if saved["pixels"] is not None:
             pixels = saved["pixels"]
             saved["pixels"] = Pixels(**{**pixels, "mean": tuple(pixels["mean"]), "sd": tuple(pixels["sd"])})
+        if "unit_range" not in saved and saved["name"] in DATASETS:  # older than the field: our own sets never changed
+            saved["unit_range"] = DATASETS[saved["name"]].info.unit_range
         return DataInfo(**saved)
     except (KeyError, TypeError) as error:
         raise CorruptedFile(f"{path} is corrupted") from error

@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from manifold_mixup.errors import ManifoldMixupError
+from manifold_mixup.lab import loggers
 from manifold_mixup.lab.config import ExperimentConfig, PlannedRun
 from manifold_mixup.lab.data import Places, Report, prepare_data
 from manifold_mixup.lab.devices import Devices
 from manifold_mixup.lab.errors import ExperimentStopped, FolderBusy, Interrupted, StorageError, UsageError
+from manifold_mixup.lab.plan_file import note_plans
 from manifold_mixup.lab.records import Failure, Record, RunFolder
 
 __all__ = [
@@ -92,6 +94,7 @@ class Settings:
         executor: ``"local"``, processes of this machine, or ``"ray"``, a Ray cluster.
         ray_address: Of the cluster, as ``ray.init`` takes it; None starts one on this machine, with ``jobs`` CPUs.
         gpus_per_run: GPUs, or a share of one, that Ray sets aside for each run; None takes one where there are any.
+        loggers: What else a run's log is written for, names in :data:`manifold_mixup.lab.loggers.LOGGERS`.
     """
 
     runs: Path
@@ -104,14 +107,22 @@ class Settings:
     executor: Literal["local", "ray"] = "local"
     ray_address: str | None = None
     gpus_per_run: float | None = None
+    loggers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of the runs, both lists by method and then by seed, as the experiment lists them."""
+    """What became of the runs, all lists by method and then by seed, as the experiment lists them.
+
+    Attributes:
+        records: The finished runs.
+        failures: Those that ended with an error.
+        unmeasured: Finished ones that could not be measured with all that the experiment lists.
+    """
 
     records: list[Record] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
+    unmeasured: list[Failure] = field(default_factory=list)
 
 
 def run_experiments(configs: Sequence[ExperimentConfig], settings: Settings, watcher: Watcher | None = None) -> Outcome:
@@ -127,10 +138,11 @@ def run_experiments(configs: Sequence[ExperimentConfig], settings: Settings, wat
         ConfigMismatch: A run folder belongs to another configuration; nothing was started.
         FolderBusy: Another process is at work on one of the runs; nothing was started.
         StorageError: The disk is full or the folder cannot be written.
-        UsageError: Ray was asked for runs of several processes.
-        LabError: The data cannot be had.
+        UsageError: Ray was asked for runs of several processes, or there is no such logger.
+        LabError: The data, or the package of a logger, cannot be had.
     """
     watcher = watcher or Silent()
+    loggers.check(settings.loggers)
     if settings.executor == "ray" and settings.devices.several:
         raise UsageError("--executor ray gives each run one process: it does not go with --devices or --nodes above 1")
     folders = [RunFolder(settings.runs, run) for config in configs for run in config.runs()]
@@ -151,6 +163,8 @@ def run_experiments(configs: Sequence[ExperimentConfig], settings: Settings, wat
             if settings.executor == "local":  # on a cluster, workers of a killed driver may take a moment to end
                 with folder.lock():  # whoever is at work on it is found before anything is started
                     pass
+        # where all runs are finished, the folder may be one that can only be read
+        note_plans(settings.runs, configs, settings.command, needed=bool(waiting))
     if settings.devices.first or int(os.environ.get("LOCAL_RANK", "0")) == 0:  # once on every machine
         for name, options in _data_sets(waiting):
             prepare_data(name, options, settings.places, settings.report)
@@ -195,9 +209,10 @@ def attempt(
     def sizes(steps: int, batch: int) -> None:
         length[:] = steps, batch
 
-    hooks = Hooks(stop, lambda step: progress(step, *length), sizes, settings.checkpoint_seconds)
     try:
-        return execute(folder, hooks, settings.command, settings.places, settings.devices)
+        with loggers.open_loggers(settings.loggers, folder.path) as logs:
+            hooks = Hooks(stop, lambda step: progress(step, *length), sizes, settings.checkpoint_seconds, loggers=logs)
+            return execute(folder, hooks, settings.command, settings.places, settings.devices)
     except (Interrupted, StorageError, FolderBusy):
         raise
     except Exception as error:

@@ -10,6 +10,9 @@ import typer
 __all__ = [
     "METHOD_HELP",
     "AcceleratorOption",
+    "AlsoMeasureOption",
+    "AlsoMeasuresOption",
+    "BaselineOption",
     "ByOrderOption",
     "CheckpointOption",
     "DataDirOption",
@@ -18,11 +21,14 @@ __all__ = [
     "EpochsOption",
     "ExecutorOption",
     "FigureOption",
+    "FiguresOption",
     "ForeignDataOption",
     "GpusPerRunOption",
+    "HostOption",
     "JobsOption",
     "JsonOption",
     "ListOption",
+    "LoggerOption",
     "MarkdownOption",
     "MeasureOption",
     "MeasuresOption",
@@ -33,11 +39,15 @@ __all__ = [
     "NodesOption",
     "OneMethodOption",
     "OnlyOption",
+    "OpenOption",
+    "OutputOption",
+    "PortOption",
     "QuietOption",
     "RayAddressOption",
     "RecipeOption",
     "RestOfRecipeOption",
     "RunArgument",
+    "RunsArgument",
     "RunsOption",
     "ScaleOption",
     "SeedOption",
@@ -47,7 +57,9 @@ __all__ = [
     "StepsOption",
     "StudyArgument",
     "ThreadsOption",
+    "TitleOption",
     "TrainExamplesOption",
+    "WatchOption",
     "WeightsOption",
     "WidthOption",
 ]
@@ -103,6 +115,10 @@ GpusPerRunOption = Annotated[
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object per line on stdout, and nothing else there.")
 ]
+LoggerOption = Annotated[
+    list[str] | None,
+    typer.Option("--logger", help="Write the log of each run also as csv, or for tensorboard. Repeatable."),
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 CheckpointOption = Annotated[
     float,
@@ -138,6 +154,17 @@ MeasureOption = Annotated[
     list[str] | None,
     typer.Option("--measure", "-m", help="A measure as [bold]name:key=value,...[/bold]. Repeat for several."),
 ]
+AlsoMeasuresOption = Annotated[
+    str | None,
+    typer.Option(
+        "--measures",
+        help="Names of measures, joined by commas, in place of the recipe's; none measures what is in every record.",
+    ),
+]
+AlsoMeasureOption = Annotated[
+    list[str] | None,
+    typer.Option("--measure", help="A measure as [bold]name:key=value,...[/bold]. Repeat for several."),
+]
 ForeignDataOption = Annotated[
     str | None,
     typer.Option("--data", help="Measure on these in place of the run's own test data; classes match by name."),
@@ -171,3 +198,33 @@ ShowOption = Annotated[
 ]
 ListOption = Annotated[bool, typer.Option("--list", help="Print all studies, what has run, and what it cost.")]
 MarkdownOption = Annotated[bool, typer.Option("--markdown", help="Print the tables in Markdown.")]
+
+RunsArgument = Annotated[
+    list[Path],
+    typer.Argument(metavar="RUNS", help="Folders of runs, or .jsonl files with records.", show_default=False),
+]
+OutputOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        help="The HTML file. Default: report.html in the folder RUNS if that is one, else in the current one.",
+        show_default=False,
+    ),
+]
+TitleOption = Annotated[str | None, typer.Option("--title", help="Heading of the page.")]
+BaselineOption = Annotated[
+    str | None, typer.Option("--baseline", help="Label of the method that the others are compared with.")
+]
+FiguresOption = Annotated[
+    Path | None, typer.Option("--figures", help="Also write every figure into this folder, as SVG and as PNG.")
+]
+WatchOption = Annotated[bool, typer.Option("--watch", help="Write it again when the runs go on, until Ctrl-C.")]
+PortOption = Annotated[
+    int | None,
+    typer.Option(
+        "--port", min=0, max=65535, help="Default: 8000, or the next one that is free. 0 takes any that is free."
+    ),
+]
+HostOption = Annotated[str, typer.Option("--host", help="Address to listen at; 0.0.0.0 is seen by the whole network.")]
+OpenOption = Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")]

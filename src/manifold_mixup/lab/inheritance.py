@@ -18,10 +18,10 @@ READ_BY = {  # keys of ``train`` that one value of another key reads, and the ot
 def inherit(child: Mapping[str, Any], parent: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a recipe on top of those of its parent.
 
-    Tables are merged key by key; lists and single values of the child take the place of the parent's. Three things do
+    Tables are merged key by key; lists and single values of the child take the place of the parent's. Four things do
     not come along: the parent's name, which is that of its own folder of runs; the options of a data set or network
-    that the child replaces by another one; and what contradicts the child in ``train``, which is the other way to say
-    the length, and the settings of another schedule or optimiser.
+    that the child replaces by another one; the measures, if it is another data set; and what contradicts the child in
+    ``train``, which is the other way to say the length, and the settings of another schedule or optimiser.
 
     Args:
         child: The plain values of the recipe, which may be wrong: that is for the validation to say.
@@ -31,6 +31,8 @@ def inherit(child: Mapping[str, Any], parent: Mapping[str, Any]) -> dict[str, An
     for kind in ("data", "model"):
         if _is_table(child.get(kind), parent.get(kind)) and merged[kind].get("name") != parent[kind].get("name"):
             merged[kind] = copy.deepcopy(dict(child[kind]))
+            if kind == "data" and "measures" not in child:
+                merged.pop("measures", None)
     if _is_table(child.get("train"), parent.get("train")):
         for key in set(merged["train"]) - set(child["train"]):
             if _contradicts(key, child["train"]):

@@ -13,9 +13,12 @@ from typing import Any, get_args
 import torch
 from pydantic import BaseModel, ValidationError
 
+from manifold_mixup.lab.components import parse_component
 from manifold_mixup.lab.config import Component, ExperimentConfig, RunConfig, TrainConfig, slug
-from manifold_mixup.lab.data import Places, describe_data, get_dataset
+from manifold_mixup.lab.data import DataInfo, Places, describe_data, get_dataset
 from manifold_mixup.lab.errors import LabError, RecipeError, UnknownName, nearest
+from manifold_mixup.lab.measures.base import Measure
+from manifold_mixup.lab.measures.registry import get_measure
 from manifold_mixup.lab.methods import get_method, make_method
 from manifold_mixup.lab.models import build_model, get_model, hidden_layers
 from manifold_mixup.lab.options import Options
@@ -43,7 +46,9 @@ def parse_config(raw: Mapping[str, Any], source: str, places: Places | None = No
     except ValidationError as error:
         problems = explain(error, ExperimentConfig) + problems
     problems += _check_repetitions(tree)
-    problems += _check_fit(tree, known, places)
+    wrong, measures = _check_measures(tree)
+    problems += wrong
+    problems += _check_fit(tree, known, measures, places)
     if problems or config is None:
         raise RecipeError(source, problems)
     return config
@@ -173,7 +178,39 @@ def _check_repetitions(tree: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _check_fit(tree: Mapping[str, Any], known: set[str], places: Places | None) -> list[str]:
+def _check_measures(tree: Mapping[str, Any]) -> tuple[list[str], dict[str, Measure]]:
+    """Names and options of the measures.
+
+    Returns:
+        What is wrong, and the measures that there are by key path.
+    """
+    problems: list[str] = []
+    found: dict[str, Measure] = {}
+    listed = tree.get("measures")
+    for i, text in enumerate(listed if isinstance(listed, list) else []):
+        if not isinstance(text, str):
+            continue  # pydantic's to report
+        path = f"measures.{i}"
+        try:
+            part = parse_component(text, path)
+            entry = get_measure(part["name"])
+            entry.options.model_validate(part["options"])
+        except UnknownName as error:
+            problems.append(f"{path}: {error}")
+        except LabError as error:
+            problems.append(str(error))
+        except ValidationError as error:
+            problems += explain(error, entry.options, f"{path}: {entry.name}.")
+        else:
+            if entry in found.values():  # its numbers would have the same names
+                problems.append(f"{path}: measure {entry.name!r} is listed twice")
+            found[path] = entry
+    return problems, found
+
+
+def _check_fit(
+    tree: Mapping[str, Any], known: set[str], measures: Mapping[str, Measure], places: Places | None
+) -> list[str]:
     """Whether network, data and methods fit; asked of the network itself, built without memory or random numbers."""
     if not {"data", "model"} <= known:
         return []
@@ -181,6 +218,7 @@ def _check_fit(tree: Mapping[str, Any], known: set[str], places: Places | None) 
         info = describe_data(tree["data"]["name"], tree["data"]["options"], places)
     except LabError as error:
         return [f"data: {error}"]
+    problems = _without_images(info, measures)
     model = Component(name=tree["model"]["name"], options=tree["model"]["options"])
     settable = get_model(model.name).options.model_fields
     try:
@@ -189,9 +227,8 @@ def _check_fit(tree: Mapping[str, Any], known: set[str], places: Places | None) 
                 n for n, _ in build_model(model.name, model.options, info.shape, len(info.classes)).named_modules()
             ]
     except LabError as error:
-        return [f"model: {error}"]
+        return [*problems, f"model: {error}"]
     hidden = hidden_layers(model.name, model.options)
-    problems: list[str] = []
     for path, part in _methods(tree).items():
         if path in known:
             method = make_method(part["name"], part["options"])
@@ -202,3 +239,14 @@ def _check_fit(tree: Mapping[str, Any], known: set[str], places: Places | None) 
             ]
             problems += [f"{path}.{problem}" for problem in method.problems(modules, hidden)]
     return problems
+
+
+def _without_images(info: DataInfo, measures: Mapping[str, Measure]) -> list[str]:
+    """The measures that need images, where the data are none: found out before the runs, not after them."""
+    if info.images:
+        return []
+    return [
+        f"{path}: measure {entry.name!r} needs images, and data {info.name!r} are none"
+        for path, entry in measures.items()
+        if "images" in entry.needs
+    ]

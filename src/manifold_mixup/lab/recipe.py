@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-import shlex
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from manifold_mixup.lab.components import parse_component, parse_value
 from manifold_mixup.lab.config import ExperimentConfig
 from manifold_mixup.lab.data import DATASETS, Places, describe_data
 from manifold_mixup.lab.errors import LabError, RecipeError, StorageError, UnknownName, UsageError
@@ -53,6 +53,8 @@ class Overrides:
         threads: CPU threads of a run.
         settings: ``key.path=value`` each, for every other key.
         keep: Keep only the recipe's methods with these labels or names.
+        measures: ``name`` or ``name:key=value,...`` each; they replace the recipe's, which are of no use to another
+            data set and are left out there. ``none`` alone is no measure.
     """
 
     data: str | None = None
@@ -66,6 +68,7 @@ class Overrides:
     threads: int | None = None
     settings: Sequence[str] = ()
     keep: Sequence[str] = ()
+    measures: Sequence[str] = ()
 
 
 def recipe_files() -> dict[str, Path]:
@@ -155,9 +158,13 @@ def apply_overrides(tree: dict[str, Any], overrides: Overrides) -> None:
             part, old = parse_data(text) if kind == "data" else parse_model(text), tree.get(kind)
             if isinstance(old, dict) and old.get("name") == part["name"]:
                 part["options"] = {**old.get("options", {}), **part["options"]}
+            elif kind == "data":
+                tree.pop("measures", None)
             tree[kind] = part
     if overrides.methods:
         tree["methods"] = [parse_component(text, "--method") for text in overrides.methods]
+    if overrides.measures:
+        tree["measures"] = [] if list(overrides.measures) == ["none"] else list(overrides.measures)
     if overrides.seeds is not None:
         tree["seeds"] = parse_seeds(overrides.seeds)
     train = dict(tree.get("train", {}))
@@ -203,63 +210,12 @@ def _item(items: list[Any], key: str, setting: str) -> Any:
     return items[int(key)]
 
 
-def parse_value(text: str) -> Any:
-    """A number, boolean, list or quoted string as in TOML; anything else is a string."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
 def _data_value(name: str) -> str | None:
     return DATASETS[name].positional if name in DATASETS else None
 
 
 def _model_value(name: str) -> str | None:
     return MODELS[name].positional if name in MODELS else None
-
-
-def parse_component(
-    text: str, flag: str, positional: Callable[[str], str | None] = lambda name: None
-) -> dict[str, Any]:
-    """Read ``name`` or ``name:key=value,key=value``, or ``name:VALUE,key=value`` where a name takes a value.
-
-    Values are numbers, true, false or text; layer names are joined by ``+``; a text with a comma needs quotes.
-    ``label`` is not an option but the label.
-
-    Args:
-        text: What is read.
-        flag: What to call it in errors.
-        positional: From a name to the option that VALUE sets, or None.
-
-    Raises:
-        UsageError: It does not read like that.
-    """
-    name, colon, rest = text.partition(":")
-    lexer = shlex.shlex(rest, posix=True, punctuation_chars=False)
-    lexer.whitespace, lexer.whitespace_split, lexer.commenters = ",", True, ""
-    part: dict[str, Any] = {"name": name.strip(), "options": {}}
-    try:
-        items = list(lexer)
-    except ValueError as error:
-        raise UsageError(f"{flag} {text!r}: {str(error).lower()}") from error
-    if not name.strip() or (colon and not items):
-        raise UsageError(f"{flag} {text!r} should read name or name:key=value,key=value")
-    option = positional(part["name"])
-    if option is not None and items and not re.match(r"\s*\w+\s*=", items[0]):
-        part["options"][option] = items.pop(0)
-    for item in items:
-        key, equals, value = item.partition("=")
-        key = key.strip()
-        if not equals or not key:
-            raise UsageError(f"{flag} {text!r}: {item!r} should read key=value")
-        if key == "label" and flag == "--method":
-            part["label"] = value
-        elif key in part["options"]:
-            raise UsageError(f"{flag} {text!r}: {key!r} is given twice")
-        else:
-            part["options"][key] = parse_value(value)
-    return part
 
 
 def parse_data(text: str) -> dict[str, Any]:

@@ -9,7 +9,9 @@
 * ``data.json``: what the network reads: shape, classes, normalisation;
 * ``evaluations.jsonl``: what ``manifold-mixup evaluate`` has measured, one line each time;
 * ``.lock``: held by the process that is at work on the run;
-* ``pictures.safetensors``: the arrays that the report draws;
+* ``pictures.safetensors``: the arrays of the spiral's pictures;
+* ``details.safetensors``: what the report draws of the last weights on test data: ``lab/measures/details.py``;
+* ``<measure>.safetensors``: the arrays of a measure that ``evaluate`` took last on the last weights;
 * ``record.json``: the results; written last and atomically, so its presence means that the run is finished;
 * ``failure.json`` instead, if the run failed.
 """
@@ -75,7 +77,26 @@ class Record(BaseModel):
         Raises:
             CorruptedFile: The file is damaged.
         """
-        path = self.folder / "pictures.safetensors"
+        return self._tensors("pictures")
+
+    def details(self) -> dict[str, Tensor]:
+        """Reliability, confusions and mistakes on test data; empty for a run of an older version.
+
+        Raises:
+            CorruptedFile: The file is damaged.
+        """
+        return self._tensors("details")
+
+    def arrays(self, measure: str) -> dict[str, Tensor]:
+        """The arrays that a later evaluation kept of a measure, such as ``"spectra"``; empty if none did.
+
+        Raises:
+            CorruptedFile: The file is damaged.
+        """
+        return self._tensors(measure)
+
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        path = self.folder / f"{name}.safetensors"
         return storage.read_tensors(path) if path.exists() else {}
 
     def summary(self) -> dict[str, Any]:
@@ -223,6 +244,11 @@ class RunFolder:
         """Keep the arrays that the report draws."""
         if pictures:
             storage.write_tensors(self.path / "pictures.safetensors", pictures)
+
+    def write_details(self, details: Mapping[str, Tensor]) -> None:
+        """Keep what the report draws of the last weights on test data."""
+        if details:
+            storage.write_tensors(self.path / "details.safetensors", details)
 
     def write_model(self, last: Mapping[str, Tensor], best: Mapping[str, Tensor] | None) -> None:
         """Keep the last weights and those with the lowest validation NLL."""

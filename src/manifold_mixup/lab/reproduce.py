@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,18 +11,15 @@ from typing import Any
 from manifold_mixup.lab.config import ExperimentConfig
 from manifold_mixup.lab.data import Places, prepare_data
 from manifold_mixup.lab.errors import ConfigMismatch, FolderBusy, Interrupted, LabError, StorageError, UsageError
-from manifold_mixup.lab.evaluation import evaluate_run, parse_measures
 from manifold_mixup.lab.experiment import Settings, Watcher, run_experiments
-from manifold_mixup.lab.recipe import Overrides, load_recipe, parse_component, read_recipe, recipe_files
+from manifold_mixup.lab.measuring import Progress, measure_runs
+from manifold_mixup.lab.recipe import Overrides, load_recipe, read_recipe, recipe_files
 from manifold_mixup.lab.records import Failure, RunFolder
-from manifold_mixup.lab.results import Result, measured_with, read_folder, read_lines
+from manifold_mixup.lab.results import Result, read_folder, read_lines
 from manifold_mixup.lab.side_by_side import Grid, panel_grid, provenance
 from manifold_mixup.lab.studies import SCALES, Panel, Scale, Study
 
-__all__ = ["Piece", "Progress", "cost_of", "gather", "grids_of", "plan", "reproduce", "results_of", "stand"]
-
-Progress = Callable[[str, int, int], None]
-"""Is told what is being measured, how many runs are done, and of how many."""
+__all__ = ["Piece", "cost_of", "gather", "grids_of", "plan", "reproduce", "results_of", "stand"]
 
 
 @dataclass
@@ -36,6 +31,7 @@ class Piece:
         config: Its experiment; None if the panel has no recipe of this scale.
         results: Our finished runs.
         failures: Runs that failed.
+        unmeasured: Finished runs that could not be measured with all that the panel shows.
         trouble: Why there are no runs, or fewer; empty if all is well.
     """
 
@@ -43,6 +39,7 @@ class Piece:
     config: ExperimentConfig | None
     results: list[Result] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
+    unmeasured: list[Failure] = field(default_factory=list)
     trouble: str = ""
 
 
@@ -115,7 +112,7 @@ def reproduce(
 ) -> None:
     """Carry out the runs of a study and measure them; what is there already is only read. Fills the pieces in place.
 
-    Data that cannot be had, and a run that fails, are noted with their piece; the others go on.
+    Data that cannot be had, and a run that fails or cannot be measured, are noted with their piece; the others go on.
 
     Args:
         pieces: From :func:`plan`.
@@ -138,19 +135,20 @@ def reproduce(
             outcome = run_experiments([piece.config], settings, watcher)
             piece.failures = outcome.failures
             if settings.devices.first:
-                folders = [record.folder for record in outcome.records]
-                _measure(folders, piece.panel.measures.get(scale, []), settings, progress)
+                measures = piece.panel.measures.get(scale, [])
+                piece.unmeasured = measure_runs(outcome.records, measures, settings, progress)
         except (Interrupted, StorageError, FolderBusy, ConfigMismatch):
             raise
         except LabError as error:
             if settings.devices.several:  # the other processes cannot know what to leave out
                 raise
             piece.trouble = str(error)
-        if piece.failures and not piece.trouble:
-            first = piece.failures[0]
-            piece.trouble = (
-                f"{len(piece.failures)} runs failed; the first: {first.label}, seed {first.seed}: {first.error}"
-            )
+        for failures, what in ((piece.failures, "failed"), (piece.unmeasured, "could not be measured")):
+            if failures and not piece.trouble:
+                first = failures[0]
+                piece.trouble = (
+                    f"{len(failures)} runs {what}; the first: {first.label}, seed {first.seed}: {first.error}"
+                )
         gather(piece, settings.runs)
 
 
@@ -203,34 +201,6 @@ def _what(piece: Piece, scale: Scale) -> list[str]:
     planned = len(piece.config.methods) * len(piece.config.seeds)
     notes = [f"{scale.capitalize()}: {piece.config.description}.", *([piece.trouble] if piece.trouble else [])]
     return notes if len(piece.results) == planned else [*notes, f"{len(piece.results)} of {planned} runs are there."]
-
-
-def _measure(folders: Sequence[Path], texts: Sequence[str], settings: Settings, progress: Progress | None) -> None:
-    """Measure runs that were not measured like that before."""
-    components = [parse_component(text, "--measure") for text in texts]
-    wanted = {entry.name: options.model_dump(mode="json") for entry, options in parse_measures(components)}
-    for i, folder in enumerate(folders):
-        if progress is not None and components:
-            progress(f"measuring {', '.join(wanted)}", i, len(folders))
-        _, there = measured_with(folder, _data_name(folder))
-        missing = [c for c in components if there.get(c["name"]) != wanted[c["name"]]]
-        if missing:
-            evaluate_run(
-                folder,
-                parse_measures(missing),
-                weights="last",
-                places=settings.places,
-                devices=dataclasses.replace(settings.devices, count=1, nodes=1),
-                command=settings.command,
-            )
-    if progress is not None and components and folders:
-        progress(f"measuring {', '.join(wanted)}", len(folders), len(folders))
-
-
-def _data_name(folder: Path) -> str:
-    config: Mapping[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    name: str = config["config"]["data"]["name"]
-    return name
 
 
 def cost_of(recipe: str) -> str:

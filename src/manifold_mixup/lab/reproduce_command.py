@@ -18,6 +18,7 @@ from manifold_mixup.lab.flags import (
     JobsOption,
     JsonOption,
     ListOption,
+    LoggerOption,
     MarkdownOption,
     NodesOption,
     OnlyOption,
@@ -30,10 +31,11 @@ from manifold_mixup.lab.flags import (
     ShowOption,
     StudyArgument,
 )
-from manifold_mixup.lab.invocation import make_settings
+from manifold_mixup.lab.invocation import ExperimentPage, make_settings, shown
 from manifold_mixup.lab.listings import print_json
 
 if TYPE_CHECKING:
+    from manifold_mixup.lab.config import ExperimentConfig
     from manifold_mixup.lab.experiment import Settings
     from manifold_mixup.lab.reproduce import Piece
     from manifold_mixup.lab.side_by_side import Grid
@@ -63,6 +65,7 @@ def reproduce(
     accelerator: AcceleratorOption = "auto",
     devices: DevicesOption = 1,
     nodes: NodesOption = 1,
+    logger: LoggerOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     checkpoint_every: CheckpointOption = 15.0,
@@ -80,37 +83,38 @@ def reproduce(
     Example: [bold]manifold-mixup reproduce --list[/bold]
     """
     from manifold_mixup.lab.data import Places
-    from manifold_mixup.lab.errors import UsageError
     from manifold_mixup.lab.reproduce import gather, plan
 
     if listing:
         _list(runs, as_json)
         return
-    if name is None:
-        raise UsageError("say what to reproduce, such as table1; manifold-mixup reproduce --list shows all studies")
     ray = (executor, ray_address, gpus_per_run)
-    how = make_settings(runs, jobs, checkpoint_every, data_dir, (accelerator, devices, nodes), ray)
+    how = make_settings(runs, jobs, checkpoint_every, data_dir, (accelerator, devices, nodes), ray, logger)
     if name == THEORY:
         _theory(runs, seeds, how.command, show=show, markdown=markdown, as_json=as_json, quiet=quiet)
         return
     study, size = _load(name, scale)
     words = [word.strip() for word in (only or "").split(";") if word.strip()]
     pieces = plan(study, size, only=words, seeds=seeds, settings=settings or (), places=Places(data_dir))
+    page = None
     if show:
         for piece in pieces:
             gather(piece, runs)
-    elif any(piece.config is not None for piece in pieces):
+    elif configs := _configs(pieces):
         _check_machine(pieces, size, accelerator)
-        _carry_out(pieces, size, how, quiet)
+        page = ExperimentPage(configs, runs, runs / f"{name}-{size}.html", f"{study.title} ({size})")
+        _carry_out(pieces, size, how, quiet, page)
     if how.devices.first:
-        _print(study, pieces, size, markdown=markdown, as_json=as_json)
+        _print(study, pieces, size, page, markdown=markdown, as_json=as_json)
 
 
-def _load(name: str, scale: str) -> tuple[Study, Scale]:
+def _load(name: str | None, scale: str) -> tuple[Study, Scale]:
     """A study, and the scale, at which it has to have something."""
     from manifold_mixup.lab.errors import UsageError
     from manifold_mixup.lab.studies import SCALES, load_study
 
+    if name is None:
+        raise UsageError("say what to reproduce, such as table1; manifold-mixup reproduce --list shows all studies")
     study = load_study(name)
     size = next((known for known in SCALES if known == scale), None)
     if size is None:
@@ -135,18 +139,34 @@ def _check_machine(pieces: Sequence[Piece], scale: Scale, accelerator: str) -> N
     )
 
 
-def _carry_out(pieces: Sequence[Piece], scale: Scale, settings: Settings, quiet: bool) -> None:
-    import dataclasses
+def _configs(pieces: Sequence[Piece]) -> list[ExperimentConfig]:
+    """The experiments of some pieces; those of one name are parts of one."""
+    found: dict[str, ExperimentConfig] = {}
+    for config in (piece.config for piece in pieces if piece.config is not None):
+        earlier = found.get(config.name)
+        methods = [*(earlier.methods if earlier else ()), *config.methods]
+        distinct = list({method.label: method for method in methods}.values())
+        found[config.name] = config.model_copy(update={"methods": distinct})
+    return list(found.values())
 
-    from manifold_mixup.lab import display
+
+def _carry_out(pieces: Sequence[Piece], scale: Scale, settings: Settings, quiet: bool, page: ExperimentPage) -> None:
     from manifold_mixup.lab.reproduce import reproduce as carry_out
 
-    planned = sum(len(p.config.methods) * len(p.config.seeds) for p in pieces if p.config is not None)
-    with display.Bars(planned, quiet=quiet or not settings.devices.first) as bars:
-        carry_out(pieces, scale, dataclasses.replace(settings, report=bars.prepared), bars, bars.prepared)
+    configs = [piece.config for piece in pieces if piece.config is not None]
+    with shown(configs, settings, quiet, page) as (how, watcher, progress):
+        carry_out(pieces, scale, how, watcher, progress)
 
 
-def _print(study: Study, pieces: Sequence[Piece], scale: Scale, *, markdown: bool, as_json: bool) -> None:
+def _print(
+    study: Study,
+    pieces: Sequence[Piece],
+    scale: Scale,
+    page: ExperimentPage | None,
+    *,
+    markdown: bool,
+    as_json: bool,
+) -> None:
     from manifold_mixup.lab.errors import RunsFailed
     from manifold_mixup.lab.reproduce import grids_of
     from manifold_mixup.lab.side_by_side import as_page, verdicts
@@ -162,6 +182,10 @@ def _print(study: Study, pieces: Sequence[Piece], scale: Scale, *, markdown: boo
         typer.echo(as_page(study.title, study.note, grids_of(pieces, scale), found), nl=False)
     else:
         _show(study.title, study.note, grids_of(pieces, scale), found)
+    if page is not None:
+        written = page.write()
+        if not (as_json or markdown):
+            typer.echo(f"page: {written}")
     troubles = [piece.trouble for piece in pieces if piece.trouble]
     if troubles:
         raise RunsFailed(f"{len(troubles)} of {len(pieces)} parts are not complete; the first: {troubles[0]}")

@@ -14,13 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from manifold_mixup.lab import storage
 from manifold_mixup.lab.errors import CorruptedFile, StorageError
 from manifold_mixup.lab.records import EVALUATIONS, Record, find_records
 
 __all__ = ["Result", "by_seed", "measured_with", "public_command", "read_folder", "read_lines", "write_lines"]
+
+_NUMBERS = TypeAdapter(dict[str, float | None])
+_MEASURES = TypeAdapter(dict[str, dict[str, Any]])
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,9 @@ def measured_with(folder: Path, data: str) -> tuple[dict[str, float | None], dic
     Args:
         folder: The run's folder.
         data: Name of its data set.
+
+    Raises:
+        CorruptedFile: A line is no evaluation.
     """
     numbers: dict[str, float | None] = {}
     measures: dict[str, dict[str, Any]] = {}
@@ -65,9 +71,12 @@ def measured_with(folder: Path, data: str) -> tuple[dict[str, float | None], dic
     if not path.exists():
         return numbers, measures
     for line in _lines(path):
-        if line["weights"] == "last" and line["data"] == data:
-            numbers |= line["metrics"]
-            measures |= line["measures"]
+        try:
+            if line["weights"] == "last" and line["data"] == data:
+                numbers |= _NUMBERS.validate_python(line["metrics"])
+                measures |= _MEASURES.validate_python(line["measures"])
+        except (KeyError, TypeError, ValidationError) as error:
+            raise CorruptedFile(f"{path} is corrupted: a line is no evaluation") from error
     return numbers, measures
 
 
@@ -89,9 +98,10 @@ def read_lines(path: Path) -> list[Result]:
     found = []
     for line in _lines(path):
         try:
-            measured, measures = line.pop("measured", {}), line.pop("measures", {})
+            measured = _NUMBERS.validate_python(line.pop("measured", {}))
+            measures = _MEASURES.validate_python(line.pop("measures", {}))
             found.append(Result(Record.model_validate(line), measured, measures))
-        except (ValidationError, AttributeError) as error:
+        except (ValidationError, AttributeError, TypeError) as error:
             raise CorruptedFile(f"{path} holds a line that is no record of a run") from error
     return found
 
@@ -117,7 +127,10 @@ def public_command(command: str) -> str:
     >>> public_command("manifold-mixup compare --recipe digits --data-dir /home/me/data")
     'manifold-mixup compare --recipe digits --data-dir DIR'
     """
-    words = shlex.split(command)
+    try:
+        words = shlex.split(command)
+    except ValueError:  # a quote that is never closed: no command line, but it may hold places all the same
+        words = command.split()
     for i, word in enumerate(words):
         option, equals, _ = word.partition("=")
         if option in PLACES and equals:
@@ -130,6 +143,8 @@ def public_command(command: str) -> str:
 def _lines(path: Path) -> list[dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CorruptedFile(f"{path} is corrupted: it is no UTF-8") from error
     except OSError as error:
         raise StorageError(path, error, "read") from error
     try:

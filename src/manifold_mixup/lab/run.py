@@ -15,19 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from manifold_mixup.lab import streams
 from manifold_mixup.lab.config import RunConfig, TrainConfig
-from manifold_mixup.lab.data import DataInfo, Places, get_dataset, load_data
+from manifold_mixup.lab.data import DataInfo, DataSplits, Places, get_dataset, load_data
 from manifold_mixup.lab.devices import Devices, make_fabric
 from manifold_mixup.lab.measures.base import Subject
+from manifold_mixup.lab.measures.details import details
 from manifold_mixup.lab.measures.registry import always, finite, measure
 from manifold_mixup.lab.methods import make_method
 from manifold_mixup.lab.models import build_model, hidden_layers
 from manifold_mixup.lab.parsing import effective_settings
 from manifold_mixup.lab.records import Record, RunFolder
-from manifold_mixup.lab.training import Hooks, fit
+from manifold_mixup.lab.training import Fitted, Hooks, fit
 
 __all__ = ["execute", "fresh_model", "hardware", "versions"]
 
@@ -101,23 +103,8 @@ def _execute(folder: RunFolder, hooks: Hooks, command: str, places: Places, devi
     fabric = make_fabric(devices, settings.precision)
     if fabric.is_global_zero:
         folder.note_data(splits.info)
-    method = make_method(run.method.name, run.method.options)
     model, hidden = fresh_model(run, splits.info)
-    torch.manual_seed(streams.stream_seed(run.seed, "torch"))  # dropout's masks
-    fitted = fit(
-        model,
-        method,
-        splits.train,
-        splits.validation,
-        settings,
-        hidden=hidden,
-        seed=run.seed,
-        folder=folder.path,
-        config_hash=run.hash,
-        hooks=hooks,
-        pixels=splits.info.pixels,
-        fabric=fabric,
-    )
+    fitted = _fit(folder, model, hidden, splits, settings, hooks, fabric)
     if not fabric.is_global_zero:
         fabric.barrier("measured")
         record = folder.read()
@@ -126,11 +113,13 @@ def _execute(folder: RunFolder, hooks: Hooks, command: str, places: Places, devi
     trained = time.monotonic()
     parts = {"train": splits.train, "validation": splits.validation, "test": splits.hand_out_test()}
     subject = Subject(model, splits.info, parts, hidden, run.seed)
-    best, _ = _measure(subject, fitted.best, run.data.name) if fitted.best is not None else ({}, {})
-    metrics, pictures = _measure(subject, fitted.last, run.data.name)
+    best, _ = _measure(_with(subject, fitted.best), run.data.name) if fitted.best is not None else ({}, {})
+    last = _with(subject, fitted.last)
+    metrics, pictures = _measure(last, run.data.name)
     read = {"data_fingerprint": splits.info.fingerprint} if splits.info.fingerprint else {}
     folder.write_model(fitted.last, fitted.best)
     folder.write_pictures(pictures)
+    folder.write_details(details(last))
     record = Record(
         experiment=folder.run.experiment,
         data=run.data.name,
@@ -150,18 +139,49 @@ def _execute(folder: RunFolder, hooks: Hooks, command: str, places: Places, devi
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         folder=folder.path,
     )
+    for logger in hooks.loggers:  # before the run counts as finished, for then nothing is written any more
+        logger.finish(fitted.facts["steps"], metrics)
     folder.finish(record)
     fabric.barrier("measured")
     return record
 
 
-def _measure(
-    subject: Subject, weights: Mapping[str, Tensor], data: str
-) -> tuple[dict[str, float | None], dict[str, Tensor]]:
-    """Every metric of one set of weights, and the arrays to draw."""
+def _fit(
+    folder: RunFolder,
+    model: nn.Module,
+    hidden: list[str],
+    splits: DataSplits,
+    settings: TrainConfig,
+    hooks: Hooks,
+    fabric: Fabric,
+) -> Fitted:
+    run = folder.run.config
+    torch.manual_seed(streams.stream_seed(run.seed, "torch"))  # dropout's masks
+    return fit(
+        model,
+        make_method(run.method.name, run.method.options),
+        splits.train,
+        splits.validation,
+        settings,
+        hidden=hidden,
+        seed=run.seed,
+        folder=folder.path,
+        config_hash=run.hash,
+        hooks=hooks,
+        pixels=splits.info.pixels,
+        fabric=fabric,
+    )
+
+
+def _with(subject: Subject, weights: Mapping[str, Tensor]) -> Subject:
+    """The subject once its network has these weights."""
     subject.model.load_state_dict(weights)
     subject.model.eval()
-    subject = subject.on(subject.parts)
+    return subject.on(subject.parts)
+
+
+def _measure(subject: Subject, data: str) -> tuple[dict[str, float | None], dict[str, Tensor]]:
+    """Every metric, and the arrays to draw."""
     metrics = measure(subject, always(subject))
     own = get_dataset(data).measures
     if own is None:

@@ -22,6 +22,7 @@ __all__ = [
     "duration",
     "measured_text",
     "panel_grid",
+    "printed",
     "provenance",
     "summed_up",
     "verdicts",
@@ -69,7 +70,7 @@ def panel_grid(panel: Panel, results: Iterable[Result], scale: Scale, notes: Seq
         ours = measured_text(values, column)
         if not published:
             return [ours]
-        return [_printed(panel.twin(row, column), panel.twin(first, column) if column.relative else None), ours]
+        return [printed(panel.twin(row, column), panel.twin(first, column) if column.relative else None), ours]
 
     def kinds(published: bool) -> tuple[str, ...]:
         return ("published", scale) if published else (scale,)
@@ -93,7 +94,7 @@ def panel_grid(panel: Panel, results: Iterable[Result], scale: Scale, notes: Seq
     return Grid(title, head, body, [*([panel.note] if panel.note else []), *notes])
 
 
-def _printed(entry: Published | None, base: Published | None = None) -> str:
+def printed(entry: Published | None, base: Published | None = None) -> str:
     """A published number as it is printed, or its ratio to another one."""
     if entry is None:
         return NOTHING
@@ -198,7 +199,7 @@ def as_markdown(grid: Grid) -> str:
     """A grid as a table in Markdown."""
 
     def line(cells: Iterable[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        return "| " + " | ".join(" ".join(cell.splitlines()).replace("|", "\\|") for cell in cells) + " |"
 
     lines = [line(grid.head), line(["---"] * len(grid.head)), *map(line, grid.rows)]
     return "\n".join([*lines, *(f"\n{note}" for note in grid.notes)])

@@ -19,14 +19,15 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from manifold_mixup.lab import storage, streams
+from manifold_mixup.lab import loggers, storage, streams
 from manifold_mixup.lab.augmentation import Augmentation
 from manifold_mixup.lab.batches import Batches
 from manifold_mixup.lab.config import TrainConfig
+from manifold_mixup.lab.cost import Meter
 from manifold_mixup.lab.criterion import make_criterion
 from manifold_mixup.lab.data import Examples, Pixels
 from manifold_mixup.lab.devices import Devices, gather, make_fabric
-from manifold_mixup.lab.errors import ConfigMismatch, CorruptedFile, Diverged, Interrupted, StorageError, UsageError
+from manifold_mixup.lab.errors import ConfigMismatch, CorruptedFile, Diverged, Interrupted, UsageError
 from manifold_mixup.lab.measures.inference import predicted_logits
 from manifold_mixup.lab.methods import Method
 from manifold_mixup.lab.optim import lay_out_like_parameters, make_average, make_optimizer, make_schedule
@@ -49,6 +50,7 @@ class Hooks:
         sizes: Told the number of all steps and the examples of a step, once they are known.
         checkpoint_seconds: Longest time between two checkpoints; where writing one takes long it may become a minute.
         checkpoint_steps: Steps between two checkpoints, in addition, or None.
+        loggers: Are given the log, too.
     """
 
     stop: Callable[[], bool] = lambda: False
@@ -56,6 +58,7 @@ class Hooks:
     sizes: Callable[[int, int], None] = lambda steps, batch: None
     checkpoint_seconds: float = 15.0
     checkpoint_steps: int | None = None
+    loggers: Sequence[loggers.Logger] = ()
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,7 @@ class _Loop:
         fabric: Fabric,
     ) -> None:
         self.fabric, device = fabric, fabric.device
+        self.meter = Meter(device)
         self.model, self.method, self.settings, self.pixels = model.to(device), method, settings, pixels
         self.train = Examples(train.x.to(device), train.y.to(device))
         self.validation = Examples(validation.x.to(device), validation.y.to(device))
@@ -176,6 +180,7 @@ class _Loop:
         self.best: dict[str, Any] = {}
         self.best_weights: dict[str, Tensor] = {}
         self.last_line: dict[str, Any] = {}
+        self.loggers: Sequence[loggers.Logger] = ()
         self.seconds = 0.0
         self.mark = time.monotonic()
 
@@ -183,6 +188,9 @@ class _Loop:
         """All steps that are left."""
         self.mark = saved = time.monotonic()
         pause = hooks.checkpoint_seconds
+        self.loggers = hooks.loggers if self.fabric.is_global_zero else ()
+        for logger in self.loggers:
+            logger.resume(loggers.read(self.log))
         hooks.sizes(self.steps, self.batches.size)
         hooks.progress(self.step)
         every = self.settings.eval_every or self.per_epoch
@@ -231,6 +239,8 @@ class _Loop:
         """One step of the optimiser."""
         if not self.model.training:
             self.model.train()
+        if not self.losses:
+            self.meter.begin()
         with self.fabric.autocast():  # a method may have a network of its own
             x, y = self.transform(*self.next_batch())
         self.stepper.zero_grad()
@@ -255,6 +265,7 @@ class _Loop:
             return
         first = self.step - len(self.losses) + 1
         values = torch.stack(self.losses).tolist()
+        self.meter.end(len(values))
         self.losses.clear()
         for step, value in enumerate(values, first):
             if not math.isfinite(value):
@@ -288,11 +299,9 @@ class _Loop:
                 self.best = {"step": self.step, "validation_error": error, "validation_nll": nll}
                 self.best_weights = self.weights()
         if self.fabric.is_global_zero:
-            try:
-                with self.log.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(self.last_line) + "\n")
-            except OSError as cause:
-                raise StorageError(self.log, cause) from cause
+            loggers.append(self.log, json.dumps(self.last_line) + "\n")
+        for logger in self.loggers:
+            logger.log(self.last_line)
 
     def evaluate(self) -> tuple[float, float]:
         """Error in percent and mean NLL in nats on the validation split, in the precision of the training."""
@@ -386,5 +395,6 @@ class _Loop:
             **({"best_step": self.best["step"], "best_by": "validation_nll"} if self.best else {}),
             "processes": self.fabric.world_size,
             "seconds": round(self.seconds, 3),
+            **self.meter.facts(),
             **self.method.facts(),
         }

@@ -26,17 +26,26 @@ class Given(nn.Module):
         return self.state(x)
 
 
-def info(pixels: Pixels | None = None, classes: int = 3) -> DataInfo:
+def info(pixels: Pixels | None = None, classes: int = 3, unit_range: bool = False) -> DataInfo:
     names = tuple(str(c) for c in range(classes))
-    return DataInfo("made", "made here", (), names, (), "this test", "none", pixels=pixels)
+    return DataInfo("made", "made here", (), names, (), "this test", "none", pixels=pixels, unit_range=unit_range)
 
 
-def subject(model: nn.Module, *, pixels: Pixels | None = None, batch_size: int = 7, seed: int = 0, **parts) -> Subject:
+def subject(
+    model: nn.Module,
+    *,
+    pixels: Pixels | None = None,
+    unit_range: bool = False,
+    batch_size: int = 7,
+    seed: int = 0,
+    **parts,
+) -> Subject:
     """``test=(x, y)`` and so on become the splits."""
     examples = {
         name: Examples(torch.as_tensor(x), torch.as_tensor(y, dtype=torch.long)) for name, (x, y) in parts.items()
     }
-    return Subject(model.eval(), info(pixels), examples, seed=seed, batch_size=batch_size)
+    facts = info(pixels, unit_range=unit_range)
+    return Subject(model.eval(), facts, examples, seed=seed, batch_size=batch_size)
 
 
 def images(n: int, classes: int = 3, side: int = 6, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -44,6 +53,16 @@ def images(n: int, classes: int = 3, side: int = 6, seed: int = 0) -> tuple[Tens
     g = torch.Generator().manual_seed(seed)
     x = torch.randint(0, 256, (n, 3, side, side), generator=g, dtype=torch.uint8)
     return x, torch.arange(n)[torch.randperm(n, generator=g)] % classes
+
+
+AS_THEY_ARE = Pixels(mean=(0.0,) * 3, sd=(1.0,) * 3)
+
+
+def both_forms(model: nn.Module, n: int = 40, **settings: int) -> tuple[Subject, Subject]:
+    """One network measured on the same images as bytes, and in floating point from 0 to 1."""
+    x, y = images(n)
+    stored = subject(model, pixels=AS_THEY_ARE, test=(x, y), **settings)
+    return stored, subject(model, unit_range=True, test=(x.float() / 255, y), **settings)
 
 
 def convolutional(classes: int = 3) -> nn.Sequential:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lab.measures.subjects import PIXELS, convolutional, images, left_alone, subject
+from lab.measures.subjects import PIXELS, both_forms, convolutional, images, left_alone, subject
 from manifold_mixup.lab import streams
 from manifold_mixup.lab.criterion import bce_softmax
 from manifold_mixup.lab.errors import UsageError
@@ -325,6 +325,27 @@ def test_examples_that_are_no_images_are_refused():
     for name in ("fgsm", "pgd"):
         with pytest.raises(UsageError, match=f"measure '{name}' needs images"):
             measure(task, [(MEASURES[name], MEASURES[name].options())])
+
+
+def test_images_from_0_to_1_that_are_read_as_they_are_give_the_numbers_of_their_bytes():
+    stored, floating = both_forms(smooth())
+    requests = [
+        (MEASURES["fgsm"], FgsmOptions(epsilon=[1, 8, 32], normalised=[0.03, 0.2])),
+        (MEASURES["pgd"], PgdOptions(epsilon=[8, 32], steps=[2, 5], restarts=2)),
+    ]
+    found = measure(floating, requests)
+    assert len(set(found.values())) > 3
+    assert found == measure(stored, requests)
+
+
+def test_a_normalised_unit_of_images_that_are_read_as_they_are_is_white():
+    _, floating = both_forms(smooth())
+    x, y = floating.parts["test"].x, floating.parts["test"].y
+    moved = x + 0.2 * loss_gradient(floating, x, y).sign()
+    with torch.no_grad():
+        right = (floating.model(moved).argmax(dim=1) == y).double().mean().item()
+    found = compute_fgsm(floating, FgsmOptions(epsilon=[], normalised=[0.2]))
+    assert found == {"fgsm_normalised_0.2_accuracy": pytest.approx(100 * right)}
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, "7+", [], "none", True])

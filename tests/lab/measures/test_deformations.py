@@ -8,8 +8,10 @@ import torch
 from scipy import ndimage
 from torch import nn
 
-from lab.measures.subjects import PIXELS, convolutional, images, left_alone, subject
+from lab.measures.subjects import PIXELS, both_forms, convolutional, images, left_alone, subject
+from manifold_mixup.lab.data import DATASETS, Examples, Pixels, load_data
 from manifold_mixup.lab.errors import UsageError
+from manifold_mixup.lab.measures.base import Subject
 from manifold_mixup.lab.measures.deformations import (
     DeformationsOptions,
     compute,
@@ -259,6 +261,40 @@ def test_examples_that_are_no_images_are_refused():
 def test_ranges_that_are_no_numbers_are_refused(value):
     with pytest.raises(ValueError, match="should be numbers of at least 0, such as"):
         DeformationsOptions(rotation=value)
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear"])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_images_from_0_to_1_that_are_read_as_they_are_give_the_numbers_of_their_bytes(interpolation, legacy):
+    torch.manual_seed(0)
+    stored, floating = both_forms(nn.Sequential(nn.Flatten(), nn.Linear(108, 3)))
+    options = DeformationsOptions(interpolation=interpolation, legacy=legacy)
+    request = [(MEASURES["deformations"], options)]
+    found = measure(floating, request)
+    assert len(found) == len(TABLE_9)
+    assert len(set(found.values())) > 3
+    assert found == measure(stored, request)
+
+
+def test_the_digits_give_the_numbers_of_their_bytes():
+    test = load_data("digits", {}, 0).hand_out_test()
+    stored = (test.x * 255).round().to(torch.uint8)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    bytes_ = subject(model, pixels=Pixels((0.0,), (1.0,)), test=(stored, test.y))
+    digits = Subject(model, DATASETS["digits"].info, {"test": Examples(stored.float() / 255, test.y)}, batch_size=100)
+    requests = [
+        (MEASURES["deformations"], DeformationsOptions()),
+        (MEASURES["fgsm"], MEASURES["fgsm"].options(epsilon=[4, 16])),
+    ]
+    assert measure(digits, requests) == measure(bytes_, requests)
+
+
+def test_the_nearest_pixel_of_floating_images_is_taken_to_the_bit():
+    x = drawn((1, 8, 8))
+    for name, matrices in requested(DeformationsOptions(), len(x)):
+        moved = deform(x.float() / 255, matrices)
+        assert torch.equal(moved, deform(x, matrices).float() / 255), name
 
 
 def test_ranges_may_be_written_in_several_ways():

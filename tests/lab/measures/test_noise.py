@@ -9,7 +9,7 @@ from scipy import stats
 from sklearn.metrics import accuracy_score, log_loss
 from torch import nn
 
-from lab.measures.subjects import PIXELS, convolutional, images, left_alone, subject
+from lab.measures.subjects import PIXELS, both_forms, convolutional, images, left_alone, subject
 from manifold_mixup.lab import streams
 from manifold_mixup.lab.errors import UsageError
 from manifold_mixup.lab.measures.noise import NoiseOptions, compute
@@ -123,6 +123,13 @@ def test_examples_that_are_no_images_are_refused():
     task = subject(nn.Linear(2, 2), test=(torch.zeros(3, 2), [0, 1, 0]))
     with pytest.raises(UsageError, match="measure 'noise' needs images"):
         measure(task, [(MEASURES["noise"], NoiseOptions())])
+
+
+@pytest.mark.parametrize("clamp", [True, False])
+def test_images_from_0_to_1_that_are_read_as_they_are_give_the_numbers_of_their_bytes(clamp):
+    stored, floating = both_forms(convolutional())
+    request = [(MEASURES["noise"], NoiseOptions(clamp=clamp))]
+    assert measure(floating, request) == measure(stored, request)
 
 
 def test_every_number_has_words():

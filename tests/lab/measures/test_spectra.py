@@ -11,7 +11,16 @@ from torch import nn
 from lab.measures.subjects import PIXELS, Given, convolutional, images, left_alone, subject
 from manifold_mixup.lab.errors import UsageError
 from manifold_mixup.lab.measures.registry import MEASURES
-from manifold_mixup.lab.measures.spectra import SpectraOptions, compute, effective_rank, singular_values, spectra
+from manifold_mixup.lab.measures.spectra import (
+    KEPT,
+    SpectraOptions,
+    arrays,
+    compute,
+    effective_rank,
+    singular_values,
+    spectra,
+    spectra_arrays,
+)
 
 NUMBERS = ("largest", "rest", "effective_rank", "rank")
 
@@ -150,3 +159,89 @@ def test_states_that_are_given_are_measured_as_they_are():
     x, y = torch.randn(20, 4), torch.arange(20) % 2
     task = subject(nn.Sequential(Given(), nn.Linear(4, 2)), test=(x, y))
     assert compute(task, SpectraOptions(layer="features")) == spectra(x, y)
+
+
+def recomputed(kept):
+    """The numbers of the spectra from the arrays alone, but for the numerical rank."""
+    several = kept["examples"] > 1
+    rows = {
+        "svd_": (kept["by_class"], kept["effective_rank"]),
+        "svd_centred_": (kept["by_class_centred"][several], kept["effective_rank_centred"][several]),
+    }
+    found = {"svd_classes": len(kept["classes"]), "svd_centred_classes": int(several.sum())}
+    for prefix, (values, ranks) in rows.items():
+        found[f"{prefix}largest"] = float(values[:, 0].mean())
+        found[f"{prefix}rest"] = float(values[:, 1:].nansum(dim=1).mean())
+        found[f"{prefix}effective_rank"] = float(ranks.mean())
+    for prefix, values in (("svd_all_", kept["all"]), ("svd_all_centred_", kept["all_centred"])):
+        found |= {f"{prefix}largest": float(values[0]), f"{prefix}rest": float(values[1:].sum())}
+        found[f"{prefix}effective_rank"] = float(np.exp(entropy(values.numpy())))
+    return found
+
+
+@pytest.mark.parametrize(("n", "features"), [(60, 5), (12, 30), (41, 9)])
+def test_the_averages_are_those_of_the_arrays(n, features):
+    rng = np.random.default_rng(n)
+    states = (rng.normal(size=(n, features)) * rng.uniform(0.1, 2, size=features) + 3).astype(np.float32)
+    y = np.concatenate([[7], rng.permutation(np.arange(n - 1) % 3) * 2])  # classes 0, 2, 4 and one example of 7
+    kept = spectra_arrays(torch.from_numpy(states), torch.from_numpy(y))
+    numbers = spectra(torch.from_numpy(states), torch.from_numpy(y))
+    assert recomputed(kept) == pytest.approx(
+        {k: v for k, v in numbers.items() if not k.endswith("_rank") or "eff" in k}
+    )
+    assert kept["classes"].tolist() == [0, 2, 4, 7]
+    assert kept["examples"].tolist() == [int((y == c).sum()) for c in (0, 2, 4, 7)]
+    for i, c in enumerate((0, 2, 4, 7)):
+        values = np.linalg.svd(states[y == c].astype(np.float64), compute_uv=False)
+        row = kept["by_class"][i]
+        assert row[: len(values)].tolist() == pytest.approx(values.tolist(), rel=1e-9)
+        assert row[len(values) :].isnan().all()
+        assert kept["effective_rank"][i].item() == pytest.approx(np.exp(entropy(values)))
+    assert kept["by_class_centred"][3].isnan().all()
+    assert kept["effective_rank_centred"].isnan().tolist() == [False, False, False, True]
+    assert {name: value.dtype for name, value in kept.items() if value.dtype != torch.float64} == {
+        "classes": torch.int64,
+        "examples": torch.int64,
+    }
+
+
+def test_the_arrays_hold_the_first_512_values_and_the_rank_of_all_of_them():
+    states = torch.randn(530, 520)
+    kept = spectra_arrays(states, torch.zeros(530, dtype=torch.long))
+    shapes = {name: tuple(kept[name].shape) for name in ("by_class", "by_class_centred", "all", "all_centred")}
+    assert shapes == {"by_class": (1, 512), "by_class_centred": (1, 512), "all": (512,), "all_centred": (512,)}
+    whole = singular_values(states)
+    assert torch.equal(kept["by_class"][0], whole[:KEPT])
+    assert kept["effective_rank"].item() == effective_rank(whole)
+    assert kept["effective_rank"].item() > effective_rank(whole[:KEPT])
+
+
+def test_arrays_of_a_state_that_is_no_number():
+    states, y = torch.randn(8, 3), torch.arange(8) % 2
+    states[2, 1] = math.nan
+    kept = spectra_arrays(states, y)
+    assert kept["by_class"].isnan().tolist() == [[True] * 3, [False] * 3]
+    assert kept["effective_rank_centred"].isnan().tolist() == [True, False]
+    assert kept["all"].isnan().all()
+
+
+def test_arrays_and_numbers_share_one_pass_and_the_layer_is_named():
+    model = convolutional()
+    task = subject(model, pixels=PIXELS, test=images(30))
+    with pytest.raises(UsageError, match="spectra:layer=features"):
+        arrays(task, SpectraOptions())
+    task.hidden = ["2", "4"]
+    rows = []
+    handle = model.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    numbers, kept = compute(task, SpectraOptions()), arrays(task, SpectraOptions())
+    assert sum(rows) == 30
+    assert bytes(kept["layer"].tolist()).decode() == "2"
+    assert recomputed({name: value for name, value in kept.items() if name != "layer"})["svd_rest"] == pytest.approx(
+        numbers["svd_rest"]
+    )
+    other = arrays(task, SpectraOptions(layer="6"))
+    handle.remove()
+    assert bytes(other["layer"].tolist()).decode() == "6"
+    assert not torch.equal(other["all"], kept["all"])
+    again = task.on({"test": task.parts["test"]})
+    assert torch.equal(arrays(again, SpectraOptions())["all"], kept["all"])

@@ -54,7 +54,7 @@ def test_the_output_and_every_gradient_are_those_of_mixed_features(name, options
     gradients = [(n, p.grad, q.grad) for (n, p), q in zip(model.named_parameters(), other.parameters(), strict=True)]
     assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for _, a, b in gradients)
     assert any(a.abs().max() > 1e-4 for _, a, _ in gradients)
-    assert method.facts() == {"layers": ["head"]}
+    assert method.facts()["layers"] == ["head"]
 
 
 def test_it_is_mixed_at_all():
@@ -72,7 +72,7 @@ def test_other_layers_can_be_named():
     model = build_model("mlp", {"width": 8, "depth": 2}, (4,), 3)
     method = make_method("last_layer_mixup", {"layers": "hidden.2"})
     method.attach(model, [], seed=0)(torch.randn(6, 4), torch.arange(6) % 3)
-    assert method.facts() == {"layers": ["hidden.2"]}
+    assert method.facts()["layers"] == ["hidden.2"]
     assert make_method("last_layer_mixup", {"layers": ["hidden.9"]}).problems(["hidden.1"], []) == [
         "options.layers: the model has no module named 'hidden.9': did you mean 'hidden.1'?"
     ]

@@ -191,6 +191,6 @@ def test_half_precision_stays_half_precision():
 def test_facts_name_the_layers():
     method = make_method("noisy_feature_mixup", {"layers": "stage1"})
     method.attach(network(), [], SEED)(X, Y)
-    assert method.facts() == {"layers": ["stage1"]}
+    assert method.facts()["layers"] == ["stage1"]
     problems = make_method("noisy_feature_mixup", {"layers": ["stage9"]}).problems(["stage1"], [])
     assert problems == ["options.layers: the model has no module named 'stage9': did you mean 'stage1'?"]

@@ -65,6 +65,8 @@ class DataInfo:
         sizes: Examples published for training and for the test, or None where that depends.
         pixels: For uint8 images: how they are normalised and varied; None for examples that are read as they are.
         fingerprint: Identifies the content that was loaded, where it is not fixed by name and options alone.
+        unit_range: Whether the examples are floating-point images from 0 to 1, ``(channels, height, width)``, that
+            networks read as they are.
     """
 
     name: str
@@ -77,6 +79,12 @@ class DataInfo:
     sizes: tuple[int, int] | None = None
     pixels: Pixels | None = None
     fingerprint: str = ""
+    unit_range: bool = False
+
+    @property
+    def images(self) -> bool:
+        """Whether the examples are images whose black and white are known."""
+        return self.pixels is not None or self.unit_range
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,8 @@ class Examples:
     """One split.
 
     Attributes:
-        x: ``(n, *shape)``: uint8 images if the data set has ``pixels``, else float32 that networks read as it is.
+        x: ``(n, *shape)``: uint8 images if the data set has ``pixels``, else float32 that networks read as it is; with
+            ``unit_range`` those are images from 0 to 1.
         y: int64 class indices, ``(n,)``.
     """
 

@@ -69,6 +69,7 @@ DATASET = Dataset(
         source="UCI optical recognition of handwritten digits (test part), as bundled with scikit-learn",
         terms="CC BY 4.0 (Alpaydin and Kaynak 1998)",
         sizes=(TRAIN + VALIDATION, TEST),
+        unit_range=True,
     ),
     options=DigitsOptions,
     load=load,

@@ -157,8 +157,8 @@ def compute_fgsm(subject: Subject, options: FgsmOptions) -> dict[str, float]:
     """Accuracy at every size."""
     sizes: list[tuple[str, Tensor | float, bool]]
     sizes = [(f"fgsm_{written(size)}_accuracy", size / WHITE, True) for size in options.epsilon]
-    assert subject.info.pixels is not None  # the measure needs images
-    sd = torch.tensor(subject.info.pixels.sd, device=subject.device)[:, None, None]
+    pixels = subject.info.pixels  # None: images that are read as they are, whose unit is white
+    sd = torch.tensor((1.0,) if pixels is None else pixels.sd, device=subject.device)[:, None, None]
     for size in options.normalised:
         sizes.append((f"fgsm_normalised_{written(size)}_accuracy", size * sd, False))
     right = dict.fromkeys((name for name, _, _ in sizes), 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from manifold_mixup.lab.measures.inference import predicted_logits
 from manifold_mixup.lab.options import Options
 
 __all__ = ["Measure", "Metric", "Subject"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Subject:
     seed: int = 0
     batch_size: int = 500
     _logits: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _kept: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def device(self) -> torch.device:
@@ -78,9 +81,16 @@ class Subject:
             self._logits[part] = self.predict(self.parts[part].x)
         return self._logits[part]
 
+    def once(self, name: str, compute: Callable[[], T]) -> T:
+        """What ``compute`` returns, computed at the first call with this name: for numbers and arrays of one origin."""
+        if name not in self._kept:
+            self._kept[name] = compute()
+        found: T = self._kept[name]
+        return found
+
     def on(self, parts: Mapping[str, Examples]) -> Subject:
         """The same network, measured on other examples."""
-        return replace(self, parts=parts, _logits={})
+        return replace(self, parts=parts, _logits={}, _kept={})
 
 
 @dataclass(frozen=True)
@@ -95,9 +105,11 @@ class Measure:
         compute: From a subject and options to numbers by name. The network is left as it was. A value that is not
             finite is a result: a network that diverged is measured, not refused.
         metrics: Regular expressions that match whole names of ``compute``'s numbers, and how those are shown.
-        needs: What must be there: ``"images"`` (uint8 images with ``pixels``), ``"validation"``, ``"train"``,
-            ``"hidden"``.
+        needs: What must be there: ``"images"`` (uint8 with ``pixels``, or floating point from 0 to 1 that networks read
+            as it is), ``"validation"``, ``"train"``, ``"hidden"``.
         always: Whether every run's record holds it.
+        arrays: From a subject and options to what the report draws of this measure; ``evaluate`` keeps it beside the
+            run's last weights. None if the numbers are all there is.
     """
 
     name: str
@@ -108,6 +120,7 @@ class Measure:
     metrics: Mapping[str, Metric]
     needs: tuple[str, ...] = ()
     always: bool = False
+    arrays: Callable[[Subject, Any], dict[str, Tensor]] | None = None
 
     def describe(self, name: str) -> Metric | None:
         """How a number of this measure is shown, or None if it is no number of this measure."""

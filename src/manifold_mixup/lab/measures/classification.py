@@ -24,6 +24,7 @@ __all__ = [
     "checked_labels",
     "evaluate",
     "label_ranks",
+    "reliability",
 ]
 
 BINS = 15
@@ -173,10 +174,36 @@ def calibration_error(logits: Tensor, y: Tensor) -> float:
         ) from error
     # Handing over probabilities matters: torchmetrics takes logits that all lie in [0, 1] for probabilities.
     probabilities = probabilities.clamp(0, 1)
-    # In torchmetrics, which rounds to float32, a confidence of 1 is in a 16th bin. It belongs to the last of the 15.
-    if not (probabilities.amax(dim=1) > BELOW_ONE).all():
-        probabilities = probabilities.clamp(max=BELOW_ONE)
+    if not (probabilities.amax(dim=1) > BELOW_ONE).all():  # else one bin has them all, whichever it is
+        probabilities = _below_one(probabilities)
     return float(multiclass_calibration_error(probabilities, y, num_classes=logits.shape[1], n_bins=BINS, norm="l1"))
+
+
+def _below_one(confidence: Tensor) -> Tensor:
+    """Confidences of 1 go to the last of the 15 bins; torchmetrics, which rounds to float32, has a 16th for them."""
+    return confidence.clamp(max=BELOW_ONE)
+
+
+def reliability(logits: Tensor, y: Tensor) -> Tensor:
+    """What a reliability diagram draws: the bins of :func:`calibration_error`, which is their weighted mean gap.
+
+    The bins are the same to the last example; torchmetrics adds up in float32, so the two agree to its rounding.
+
+    Args:
+        logits: ``(n, classes)``.
+        y: Class indices, ``(n,)``.
+
+    Returns:
+        ``(15, 3)`` in float64, by rising confidence: number of examples, sum of their confidences, how many are
+        predicted right. Examples whose softmax is not a number are in no bin.
+    """
+    probabilities = logits.double().softmax(dim=1)
+    known = ~probabilities.isnan().any(dim=1)
+    confidence, predicted = probabilities[known].max(dim=1)
+    edges = torch.linspace(0, 1, BINS + 1)  # float32, as torchmetrics has them: an example at an edge must not move
+    bins = torch.bucketize(_below_one(confidence).float(), edges, right=True) - 1
+    columns = [torch.ones_like(confidence), confidence, (predicted == y[known]).double()]
+    return torch.zeros(BINS, 3, dtype=torch.float64).index_add_(0, bins, torch.stack(columns, dim=1))
 
 
 def compute(subject: Subject, options: NoOptions) -> dict[str, float]:

@@ -169,11 +169,11 @@ def compute(subject: Subject, options: DeformationsOptions) -> dict[str, float]:
     """Accuracy under each deformation."""
     test = first_of_test(subject, options)
     pixels = subject.info.pixels
-    assert pixels is not None  # the measure needs images
-    fill = torch.tensor(pixels.mean) if options.legacy else 0.0  # the mean colour is what normalises to 0
+    # the mean colour is what normalises to 0, and that is black for images that are read as they are
+    fill = torch.tensor(pixels.mean) if options.legacy and pixels is not None else 0.0
     height, width = test.x.shape[2:]
     centre = (height / 2 + 0.5, width / 2 + 0.5) if options.legacy else None
-    whole = options.interpolation == "nearest" and not options.legacy  # pixels stay whole numbers
+    whole = options.interpolation == "nearest" and not options.legacy  # uint8 pixels stay whole numbers
     found = {}
     for name, matrices in requested(options, len(test)):
         logits = []

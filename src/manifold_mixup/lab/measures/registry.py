@@ -53,7 +53,7 @@ def get_measure(name: str) -> Measure:
 def unmet(entry: Measure, subject: Subject) -> str | None:
     """What a measure needs and does not find, or None."""
     there = {
-        "images": subject.info.pixels is not None,
+        "images": subject.info.images,
         "hidden": bool(subject.hidden),
         **{part: part in subject.parts and len(subject.parts[part]) > 0 for part in ("train", "validation", "test")},
     }

@@ -4,11 +4,21 @@ The matrix of a class holds one hidden state per row. Its singular values are ta
 first value dwarfs the others, as in the paper's figures) and after its mean row was subtracted (centred: the spread
 within the class alone). Four numbers of each spectrum are averaged over the classes; the same numbers for all classes
 in one matrix are the control of the paper's Figure 12.
+
+An evaluation of a run keeps the spectra themselves as arrays in float64, of each spectrum the first 512 values at most:
+
+* ``classes``: the classes that occur, ``(c,)`` int64, and ``examples``: how many of each, ``(c,)`` int64;
+* ``by_class`` and ``by_class_centred``: ``(c, m)``, one spectrum per row, NaN where one is shorter than the longest; a
+  class of one example has no centred spectrum, its row is NaN;
+* ``all`` and ``all_centred``: ``(m,)``, those of all classes in one matrix;
+* ``effective_rank`` and ``effective_rank_centred``: ``(c,)``, of the whole spectrum of each class;
+* ``layer``: the name of the layer that was measured, as the bytes of UTF-8.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from pydantic import Field
@@ -18,7 +28,18 @@ from manifold_mixup.lab.errors import UsageError
 from manifold_mixup.lab.measures.base import Measure, Metric, Subject
 from manifold_mixup.lab.measures.hidden import StateOptions, labelled_states
 
-__all__ = ["MEASURES", "SpectraOptions", "effective_rank", "singular_values", "spectra"]
+__all__ = [
+    "KEPT",
+    "MEASURES",
+    "SpectraOptions",
+    "arrays",
+    "effective_rank",
+    "singular_values",
+    "spectra",
+    "spectra_arrays",
+]
+
+KEPT = 512  # values of each spectrum that are stored
 
 NUMBERS = {
     "largest": Metric("largest singular value", "", 2, "the largest singular value of the hidden states"),
@@ -94,28 +115,72 @@ def spectra(states: Tensor, y: Tensor) -> dict[str, float]:
         ``rank`` counts values above max(n, features) times float32's (the states' own) precision times the largest
         un-centred value, numpy's rule; a spectrum with none above is one of zeros, of effective rank 0.
     """
-    plain, centred = [], []
-    for label in sorted(set(y.tolist())):
-        rows = states[y == label]
-        pair = _numbers(rows)
-        plain.append(pair[0])
-        centred += [pair[1]] if len(rows) > 1 else []
-    every, every_centred = _numbers(states)
-    found = {
-        **_named("svd_", _mean(plain)),
-        **_named("svd_centred_", _mean(centred)),
-        **_named("svd_all_", every),
-        **_named("svd_all_centred_", every_centred),
-    }
-    return {**found, "svd_classes": float(len(plain)), "svd_centred_classes": float(len(centred))}
+    return _numbers(*_decompose(states, y))
 
 
-def _numbers(states: Tensor) -> tuple[Tensor, Tensor]:
-    """The four numbers of the un-centred and of the centred spectrum, ``(4,)`` each."""
+@dataclass(frozen=True)
+class _Matrix:
+    """The spectra of one matrix, un-centred and centred, and the four numbers of each, ``(4,)``."""
+
+    rows: int
+    plain: Tensor
+    centred: Tensor
+    numbers: Tensor
+    centred_numbers: Tensor
+
+
+def _decompose(states: Tensor, y: Tensor) -> tuple[dict[int, _Matrix], _Matrix]:
+    """The spectra of each class that occurs, and those of all classes in one matrix."""
+    return {label: _matrix(states[y == label]) for label in sorted(set(y.tolist()))}, _matrix(states)
+
+
+def _matrix(states: Tensor) -> _Matrix:
     plain, centred = singular_values(states), singular_values(states, centred=True)
     # Centring leaves rounding errors of the size that the states had before it.
     least = float(plain[0]) * max(states.shape) * torch.finfo(states.dtype).eps
-    return _summary(plain, least), _summary(centred, least)
+    return _Matrix(len(states), plain, centred, _summary(plain, least), _summary(centred, least))
+
+
+def _numbers(by_class: dict[int, _Matrix], every: _Matrix) -> dict[str, float]:
+    centred = [matrix.centred_numbers for matrix in by_class.values() if matrix.rows > 1]
+    found = {
+        **_named("svd_", _mean([matrix.numbers for matrix in by_class.values()])),
+        **_named("svd_centred_", _mean(centred)),
+        **_named("svd_all_", every.numbers),
+        **_named("svd_all_centred_", every.centred_numbers),
+    }
+    return {**found, "svd_classes": float(len(by_class)), "svd_centred_classes": float(len(centred))}
+
+
+def spectra_arrays(states: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """The spectra of labelled hidden states, as the top of this module says, but for ``layer``.
+
+    Args:
+        states: ``(n, features)``, at least one row.
+        y: Classes, ``(n,)``.
+    """
+    return _arrays(*_decompose(states, y))
+
+
+def _arrays(by_class: dict[int, _Matrix], every: _Matrix) -> dict[str, Tensor]:
+    place = list(NUMBERS).index("effective_rank")
+    matrices = list(by_class.values())
+    unknown = torch.tensor(math.nan, dtype=torch.float64)
+    return {
+        "classes": torch.tensor(list(by_class)),
+        "examples": torch.tensor([matrix.rows for matrix in matrices]),
+        "by_class": _padded([matrix.plain for matrix in matrices]),
+        "by_class_centred": _padded([m.centred if m.rows > 1 else m.centred * unknown for m in matrices]),
+        "all": every.plain[:KEPT],
+        "all_centred": every.centred[:KEPT],
+        "effective_rank": torch.stack([m.numbers[place] for m in matrices]),
+        "effective_rank_centred": torch.stack([m.centred_numbers[place] if m.rows > 1 else unknown for m in matrices]),
+    }
+
+
+def _padded(rows: list[Tensor]) -> Tensor:
+    kept = [row[:KEPT] for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(kept, batch_first=True, padding_value=math.nan)
 
 
 def _summary(values: Tensor, least: float) -> Tensor:
@@ -140,9 +205,29 @@ def compute(subject: Subject, options: SpectraOptions) -> dict[str, float]:
     Raises:
         UsageError: No layer is named and the network's hidden layers are not known.
     """
+    return _numbers(*_of_layer(subject, _layer(subject, options), options))
+
+
+def arrays(subject: Subject, options: SpectraOptions) -> dict[str, Tensor]:
+    """The arrays of the same layer, which cost nothing once its numbers were asked for.
+
+    Raises:
+        UsageError: No layer is named and the network's hidden layers are not known.
+    """
+    layer = _layer(subject, options)
+    name = torch.tensor(list(layer.encode()), dtype=torch.uint8)
+    return {**_arrays(*_of_layer(subject, layer, options)), "layer": name}
+
+
+def _layer(subject: Subject, options: SpectraOptions) -> str:
     if options.layer is None and not subject.hidden:
         raise UsageError("the network's hidden layers are not known: name one, such as spectra:layer=features")
-    return spectra(*labelled_states(subject, options.layer or subject.hidden[0], options))
+    return options.layer or subject.hidden[0]
+
+
+def _of_layer(subject: Subject, layer: str, options: SpectraOptions) -> tuple[dict[int, _Matrix], _Matrix]:
+    name = f"spectra of {layer}: {options.model_dump_json()}"
+    return subject.once(name, lambda: _decompose(*labelled_states(subject, layer, options)))
 
 
 MEASURES: tuple[Measure, ...] = (
@@ -152,6 +237,7 @@ MEASURES: tuple[Measure, ...] = (
         source="Verma et al. 2019, section 3.2 and appendix G",
         options=SpectraOptions,
         compute=compute,
+        arrays=arrays,
         metrics={
             **{
                 f"svd_{prefix}{name}": Metric(f"{metric.title}, {matrix}", metric.unit, metric.digits, metric.meaning)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from manifold_mixup.lab.methods.base import BatchTransform, Method
 from manifold_mixup.lab.methods.generators import send
 from manifold_mixup.lab.methods.images import image_size
+from manifold_mixup.lab.methods.mixing_log import MixingLog
 from manifold_mixup.lab.options import Options
 from manifold_mixup.pairing import draw_lam
 from manifold_mixup.target import MixedTarget
@@ -40,17 +41,21 @@ class CutMix(Method[CutMixOptions]):
     Options = CutMixOptions
 
     _generator: torch.Generator | None = None
+    _log: MixingLog | None = None
 
     def attach(self, model: nn.Module, hidden: Sequence[str], seed: int) -> BatchTransform:
         """Boxes are pasted before the network reads the batch."""
         if self.options.alpha == 0 or self.options.probability == 0:
             return super().attach(model, hidden, seed)
         self._generator = torch.Generator().manual_seed(seed)
+        self._log = MixingLog("batches" if self.options.per == "batch" else "examples")
+        self._log.know(["input"])
         return self._transform
 
     def _transform(self, x: Tensor, y: Tensor) -> tuple[Tensor, Any]:
-        options, generator = self.options, self._generator
+        options, generator, log = self.options, self._generator, self._log
         assert generator is not None
+        assert log is not None
         height, width = image_size(self.name, x)
         draws = 1 if options.per == "batch" else len(x)
         # always the same number of draws: whether one batch is mixed does not shift the next one's
@@ -60,20 +65,29 @@ class CutMix(Method[CutMixOptions]):
         rows = torch.randint(height, (draws,), generator=generator)
         columns = torch.randint(width, (draws,), generator=generator)
         if not mixes:
+            log.unmixed += draws
             return x, y
+        log.note_rows(["input"] * draws, lam)  # as drawn: the share that boxes leave is a little larger at the edges
         box, lam = boxes(lam, rows, columns, (height, width))
         partner = send(partner, x.device)
         weights = float(lam) if options.per == "batch" else send(lam.float(), y.device)
         return paste(x, partner, box), MixedTarget(y, y[partner.to(y.device)], weights)
 
     def state_dict(self) -> dict[str, Any]:
-        """The generator's state."""
-        return {} if self._generator is None else {"generator": self._generator.get_state()}
+        """The generator's state, and what was drawn so far."""
+        if self._generator is None or self._log is None:
+            return {}
+        return {"generator": self._generator.get_state(), "mixing": self._log.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state."""
-        if self._generator is not None:
+        if self._generator is not None and self._log is not None:
             self._generator.set_state(state["generator"])
+            self._log.load_state_dict(state.get("mixing"))
+
+    def facts(self) -> dict[str, Any]:
+        """How many batches were mixed and with which λ, the share of an image that was drawn to be kept."""
+        return {} if self._log is None else {"mixing": self._log.facts(self.options.alpha)}
 
 
 def boxes(lam: Tensor, rows: Tensor, columns: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -1,59 +1,36 @@
-"""From the runs of an experiment to its table and the sentences above it, every word by a rule."""
+"""From the runs of an experiment to the sentences above its table, every word by a rule."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from manifold_mixup.lab.measures.catalog import Metric, describe
 from manifold_mixup.lab.report.collect import Experiment, Method
-from manifold_mixup.lab.statistics import Difference, Summary, format_mean_sd, paired_difference, summary
+from manifold_mixup.lab.statistics import Difference, paired_difference, summary
 
-__all__ = ["NOTHING", "Cell", "Finding", "Row", "findings", "listed", "number", "remarks", "table"]
+__all__ = ["Finding", "better_when", "called", "findings", "listed", "missing", "number", "remarks", "verdict"]
 
 MINUS = "\N{MINUS SIGN}"
-NOTHING = "\N{EN DASH}"
 BOUND = "\N{NO-BREAK SPACE}"
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One measure of one method.
-
-    Attributes:
-        value: Mean ± standard deviation.
-        notes: What a reader must know about it: missing or diverged runs.
-        difference: Mean difference to the first method, empty for the first method itself.
-        interval: Its 95 % interval, empty where there is none.
-        verdict: Why there is no interval, or that it holds 0.
-        significant: Whether the interval leaves out 0.
-    """
-
-    value: str
-    notes: tuple[str, ...] = ()
-    difference: str = ""
-    interval: str = ""
-    verdict: str = ""
-    significant: bool = False
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method of the table."""
-
-    label: str
-    n: int
-    note: str
-    cells: tuple[Cell, ...]
-
-
-@dataclass(frozen=True)
 class Finding:
-    """What one measure shows: its sentence starts with the title, and goes on with these parts."""
+    """What one measure, or one method, shows: a sentence that starts with the title and goes on with the parts."""
 
     title: str
     parts: tuple[str, ...]
+
+
+def better_when(name: str) -> Literal["lower", "higher"] | None:
+    """Which way a measure is better; None where that depends on what one wants."""
+    if re.search(r"accuracy|(^|_)margin", name):
+        return "higher"
+    return "lower" if re.search(r"error|nll|ece|brier", name) else None
 
 
 def number(value: float, digits: int, *, sign: bool = False) -> str:
@@ -72,83 +49,108 @@ def listed(items: Sequence[object]) -> str:
     return " and ".join(words) if len(words) < 3 else ", ".join(words[:-1]) + " and " + words[-1]
 
 
-def _called(label: str) -> str:
+def called(label: str) -> str:
     """A label within a sentence: in quotes if it holds a comma, so that an enumeration stays readable."""
     return f"\N{LEFT DOUBLE QUOTATION MARK}{label}\N{RIGHT DOUBLE QUOTATION MARK}" if "," in label else label
-
-
-def table(experiment: Experiment, names: Sequence[str], *, best: bool = False) -> list[Row]:
-    """Methods x measures, each with its difference to the first method.
-
-    Args:
-        experiment: The runs.
-        names: The measures, one per column.
-        best: Whether to take the weights with the best validation score instead of the last ones.
-    """
-    first = experiment.methods[0]
-    rows = []
-    for method in experiment.methods:
-        cells = tuple(_cell(method, None if method is first else first, name, best) for name in names)
-        rows.append(Row(method.label, len(method.runs), _missing(experiment, method), cells))
-    return rows
-
-
-def _missing(experiment: Experiment, method: Method) -> str:
-    # A failure knows the label of the recipe; two methods that share it are told apart by a suffix.
-    base = method.record.label
-    failed = [seed for seed in _failed_seeds(experiment, base) if seed not in method.runs]
-    missing = [seed for seed in experiment.seeds if seed not in method.runs and seed not in failed]
-    notes = [f"failed at {_seeds(failed)}"] if failed else []
-    notes += [f"no run at {_seeds(missing)}"] if missing else []
-    return "; ".join(notes)
-
-
-def _failed_seeds(experiment: Experiment, label: str) -> list[int]:
-    return sorted({failure.seed for failure in experiment.failures if failure.label == label})
 
 
 def _seeds(seeds: Sequence[int]) -> str:
     return f"{'seed' if len(seeds) == 1 else 'seeds'} {listed(seeds)}"
 
 
-def _cell(method: Method, first: Method | None, name: str, best: bool) -> Cell:
+# ---------------------------------------------------------------- method by method
+
+
+def verdict(experiment: Experiment, names: Sequence[str]) -> list[Finding]:
+    """For every method but the first: in what it is better or worse than the first, by how much and how surely.
+
+    Empty if there is a single method.
+    """
+    if not experiment.methods:
+        return []
+    first, *others = experiment.methods
+    compared = [Finding(f"{method.label} against {first.label}", _compared(method, first, names)) for method in others]
+    return [*_leader(experiment, names), *compared]
+
+
+def _leader(experiment: Experiment, names: Sequence[str]) -> list[Finding]:
+    """Which method is best in the mean of the first test measure that has a better side, and significantly so.
+
+    Over the seeds that all methods have; nothing if that is fewer than two, or fewer than three methods.
+    """
+    name = next((n for n in names if n.startswith("test_") and better_when(n) is not None), None)
+    if name is None or len(experiment.methods) < 3:
+        return []
+    values = {method.index: method.values(name) for method in experiment.methods}
+    common = set.intersection(*(set(found) for found in values.values()))
+    if len(common) < 2 or not all(math.isfinite(found[seed]) for found in values.values() for seed in common):
+        return []
+    sign = 1 if better_when(name) == "lower" else -1
+    means = {index: summary([found[seed] for seed in common]).mean for index, found in values.items()}
+    best = min(experiment.methods, key=lambda method: sign * means[method.index])
+    apart: list[str] = []
+    close: list[str] = []
+    for method in experiment.methods:
+        if method is not best:
+            found = paired_difference(*({s: values[m.index][s] for s in common} for m in (best, method)))
+            (apart if found.significant else close).append(called(method.label))
     metric = describe(name)
-    values = method.values(name, best=best)
-    finite = [value for value in values.values() if math.isfinite(value)]
-    lost = [seed for seed, value in values.items() if not math.isfinite(value)]
-    notes = []
-    if len(values) < len(method.runs):
-        notes.append(f"measured in {len(values)} of {len(method.runs)} runs")
-    if lost:
-        notes.append(f"no finite number at {_seeds(lost)}" + (", left out of the mean" if finite else ""))
-    shown = _mean_sd(summary(finite), metric) if finite else NOTHING
-    if first is None or not values:
-        return Cell(shown, tuple(notes))
-    difference = paired_difference(values, first.values(name, best=best))
-    text = number(difference.mean, metric.digits, sign=True) if math.isfinite(difference.mean) else ""
-    interval = "" if difference.low is None else _interval(difference, metric)
-    return Cell(shown, tuple(notes), text, interval, _verdict(difference), difference.significant)
+    parts = [f"{called(best.label)}, {_with_unit(means[best.index], metric)} in the mean"]
+    parts += [f"significantly so against {listed(apart)}"] if apart else []
+    parts += [f"not told apart from {listed(close)}"] if close else []
+    word = "Lowest" if sign == 1 else "Highest"
+    return [Finding(f"{word} {metric.title}", tuple(parts))]
 
 
-def _mean_sd(found: Summary, metric: Metric) -> str:
-    return format_mean_sd(found, metric.digits).replace("-", MINUS)
+def _compared(method: Method, first: Method, names: Sequence[str]) -> tuple[str, ...]:
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        metric, words = describe(name), describe(name).title
+        found = paired_difference(method.values(name), first.values(name))
+        if found.significant:
+            way = "lower" if found.mean < 0 else "higher"
+            if (better := better_when(name)) is not None:
+                groups.setdefault("better" if way == better else "worse", []).append(
+                    f"{words} ({_size(found, metric, sign=True)})"
+                )
+            else:
+                groups.setdefault(way, []).append(f"{words} ({_size(found, metric, sign=True)})")
+        elif found.low is not None:
+            groups.setdefault("even", []).append(words)
+        elif found.n == 1 and math.isfinite(found.mean):
+            groups.setdefault("one", []).append(f"{words} {_with_unit(found.mean, metric, sign=True)}")
+        elif found.n and not math.isfinite(found.mean):
+            groups.setdefault("lost", []).append(words)
+        elif found.n:
+            groups.setdefault("same", []).append(f"{words} {_with_unit(found.mean, metric, sign=True)}")
+    said = (
+        ("better", "better in {}"),
+        ("worse", "worse in {}"),
+        ("lower", "lower in {}"),
+        ("higher", "higher in {}"),
+        ("even", "no significant difference in {}"),
+        ("same", "the same difference in every seed, so nothing can be said of its certainty: {}"),
+        ("one", "one seed in common, so nothing can be said of its certainty: {}"),
+        ("lost", "no comparison in {}, where a run has no finite number"),
+    )
+    parts = tuple(text.format(listed(groups[key])) for key, text in said if key in groups)
+    return parts or ("no seed in common, so there is no comparison",)
 
 
-def _verdict(difference: Difference) -> str:
-    if difference.n == 0:
-        return "no common seed"
-    if not math.isfinite(difference.mean):
-        return "no difference: a run has no finite number"
-    if difference.n == 1:
-        return "one common seed, so no interval"
-    if difference.low is None:
-        return f"the same in all {difference.n} seeds, so no interval"
-    return "" if difference.significant else "no significant difference"
+def _size(found: Difference, metric: Metric, *, sign: bool) -> str:
+    """A difference with its interval and its number of seeds."""
+    assert found.low is not None
+    assert found.high is not None
+    low, high = (number(end, metric.digits, sign=sign) for end in (found.low, found.high))
+    return f"{_with_unit(found.mean, metric, sign=sign)}, 95{BOUND}% interval {low} to {high}, {found.n}{BOUND}seeds"
 
 
-def _interval(difference: Difference, metric: Metric) -> str:
-    low, high = difference.low or 0.0, difference.high or 0.0
-    return f"[{number(low, metric.digits, sign=True)}, {number(high, metric.digits, sign=True)}]"
+def _with_unit(value: float, metric: Metric, *, sign: bool = False) -> str:
+    unit = {"%": "points"}.get(metric.unit, metric.unit) if sign else metric.unit  # a difference of percentages
+    return number(value, metric.digits, sign=sign) + (f"{BOUND}{unit}" if unit else "")
+
+
+# ---------------------------------------------------------------- measure by measure
 
 
 def findings(experiment: Experiment, names: Sequence[str]) -> list[Finding]:
@@ -156,6 +158,8 @@ def findings(experiment: Experiment, names: Sequence[str]) -> list[Finding]:
 
     Empty if there is a single method, or no method has two seeds in common with the first.
     """
+    if not experiment.methods:
+        return []
     first, *others = experiment.methods
     found = []
     for name in names:
@@ -167,7 +171,7 @@ def findings(experiment: Experiment, names: Sequence[str]) -> list[Finding]:
             mean = summary(reference.values()).mean
             title = metric.title[0].upper() + metric.title[1:]
             if math.isfinite(mean):
-                title += f" ({_called(first.label)} {_with_unit(mean, metric)})"
+                title += f" ({called(first.label)} {_with_unit(mean, metric)})"
             found.append(Finding(title, _parts(compared, metric, name, first)))
     return found
 
@@ -178,10 +182,10 @@ def _parts(compared: Sequence[tuple[Method, Difference]], metric: Metric, name: 
         hits = [(m, d) for m, d in compared if d.significant and math.copysign(1, d.mean) == chosen]
         if hits:
             parts.append(f"{word} with {listed([_clause(m, metric, name, first) for m, _ in hits])}")
-    even = [_called(method.label) for method, d in compared if not d.significant and d.low is not None]
+    even = [called(method.label) for method, d in compared if not d.significant and d.low is not None]
     if len(even) == len(compared) > 1:
         return ("no significant difference with any other method",)
-    without = [(_called(m.label), d.mean) for m, d in compared if d.low is None]
+    without = [(called(m.label), d.mean) for m, d in compared if d.low is None]
     groups = (
         ("no significant difference", even),
         ("the same number in every seed", [label for label, mean in without if mean == 0]),
@@ -201,24 +205,39 @@ def _clause(method: Method, metric: Metric, name: str, first: Method) -> str:
     """``dropout (2.43 %)``: its mean over the seeds that the comparison is about."""
     ours = method.values(name)
     common = sorted(ours.keys() & first.values(name).keys())
-    return f"{_called(method.label)} ({_with_unit(summary([ours[seed] for seed in common]).mean, metric)})"
+    return f"{called(method.label)} ({_with_unit(summary([ours[seed] for seed in common]).mean, metric)})"
 
 
-def _with_unit(value: float, metric: Metric) -> str:
-    return number(value, metric.digits) + (f"{BOUND}{metric.unit}" if metric.unit else "")
+# ---------------------------------------------------------------- what has to be known
+
+
+def missing(experiment: Experiment, method: Method) -> str:
+    """Which seeds a method lacks, and why."""
+    # A failure knows the label of the recipe; two methods that share it are told apart by a suffix.
+    failed = [seed for seed in _failed(experiment, method.record.label) if seed not in method.runs]
+    going = sorted({run.seed for run in method.going} - set(failed))
+    absent = [seed for seed in experiment.seeds if seed not in {*method.runs, *failed, *going}]
+    groups = (("failed at", failed), ("not finished at", going), ("no run at", absent))
+    return "; ".join(f"{words} {_seeds(seeds)}" for words, seeds in groups if seeds)
+
+
+def _failed(experiment: Experiment, label: str) -> list[int]:
+    return sorted({failure.seed for failure in experiment.failures if failure.label == label})
 
 
 def remarks(experiment: Experiment, names: Sequence[str]) -> list[str]:
     """What has to be known to read the table: how many seeds, what failed, how many comparisons were made."""
+    if not experiment.methods:
+        return ["No run is finished yet, so there are no numbers."]
     first, *others = experiment.methods
     notes = []
     pairs = [paired_difference(m.values(name), first.values(name)) for m in others for name in names]
     intervals = sum(pair.low is not None for pair in pairs)
     if not others:
-        notes.append(f"There is one method, {_called(first.label)}, so there is nothing to compare.")
+        notes.append(f"There is one method, {called(first.label)}, so there is nothing to compare.")
     elif not any(pair.n > 1 for pair in pairs):
         notes.append(
-            f"No method has two seeds in common with {_called(first.label)}: differences are shown without an "
+            f"No method has two seeds in common with {called(first.label)}: differences are shown without an "
             "interval, and nothing can be called significant."
         )
     else:
@@ -229,16 +248,19 @@ def remarks(experiment: Experiment, names: Sequence[str]) -> list[str]:
             else ""
         )
         notes.append(
-            f"Every comparison is with {_called(first.label)}, seed by seed, by the 95{BOUND}% t interval of the mean "
+            f"Every comparison is with {called(first.label)}, seed by seed, by the 95{BOUND}% t interval of the mean "
             f"difference, not adjusted for the number of comparisons.{chance}"
         )
-    short = [f"{_called(row.label)} ({row.note})" for row in table(experiment, []) if row.note]
+    short = [f"{called(m.label)} ({note})" for m in experiment.methods if (note := missing(experiment, m))]
     if short:
         notes.append(f"Not every method has every seed: {listed(short)}.")
     met = {method.record.label for method in experiment.methods}
     absent = dict.fromkeys(failure.label for failure in experiment.failures if failure.label not in met)
     for label in absent:
-        notes.append(f"{_called(label)} has no finished run: it failed at {_seeds(_failed_seeds(experiment, label))}.")
+        notes.append(f"{called(label)} has no finished run: it failed at {_seeds(_failed(experiment, label))}.")
+    waiting = [called(method.label) for method in experiment.waiting if method.label not in absent]
+    if waiting:
+        notes.append(f"No finished run yet: {listed(waiting)}.")
     if experiment.repeated:
         notes.append(f"{experiment.repeated} repeated runs of the same method and seed were replaced by later ones.")
     return notes

@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from manifold_mixup.lab.errors import CorruptedFile, StorageError, UsageError
-from manifold_mixup.lab.report.collect import Experiment, RunRecord, collect
+from manifold_mixup.lab.errors import CorruptedFile, UsageError
+from manifold_mixup.lab.records import Record
+from manifold_mixup.lab.report.collect import Experiment, Run, collect, read_arrays
 from manifold_mixup.lab.report.templates import render
+from manifold_mixup.lab.results import Result
 from manifold_mixup.lab.storage import write_atomically
 
 __all__ = [
@@ -53,31 +55,36 @@ def read_pictures(folder: Path) -> Pictures | None:
         CorruptedFile: The file is damaged, or does not hold these pictures.
         StorageError: It cannot be read.
     """
-    import safetensors.numpy
-
-    path = Path(folder) / "pictures.safetensors"
-    try:
-        arrays = safetensors.numpy.load(path.read_bytes())
-    except FileNotFoundError:
+    arrays = read_arrays(folder, "pictures")
+    if arrays is None:
         return None
-    except OSError as error:
-        raise StorageError(path, error, "read") from error
-    except safetensors.SafetensorError as error:
-        raise CorruptedFile(f"{path} is corrupted: {error}") from error
     names = list(Pictures.__dataclass_fields__)
     lacking = [name for name in names if name not in arrays]
     if lacking:
-        raise CorruptedFile(f"{path} lacks {', '.join(lacking)}")
+        raise CorruptedFile(f"{folder / 'pictures.safetensors'} lacks {', '.join(lacking)}")
+    points, inputs = (arrays["train_y"].size, 2), (arrays["uniform_top"].size, 2)
+    shapes = {
+        "extent": (4,),
+        "train_x": points,
+        "train_y": points[:1],
+        "train_hidden": points,
+        "uniform_hidden": inputs,
+        "uniform_top": inputs[:1],
+    }
+    wrong = ["surface"] if arrays["surface"].ndim != 2 else []
+    wrong += [name for name, shape in shapes.items() if arrays[name].shape != shape]
+    if wrong:
+        raise CorruptedFile(f"{folder / 'pictures.safetensors'} has arrays of another shape: {', '.join(wrong)}")
     return Pictures(**{name: arrays[name] for name in names})
 
 
-def chosen_runs(experiment: Experiment) -> list[tuple[str, RunRecord]]:
+def chosen_runs(experiment: Experiment) -> list[tuple[str, Run]]:
     """Label and run of every method, all of one seed where they have it: the first seed of the first method.
 
     A method without that seed is shown by its own first one, which the page says.
     """
     seed = experiment.methods[0].record.seed
-    return [(method.label, method.runs.get(seed, method.record)) for method in experiment.methods]
+    return [(m.label, m.runs.get(seed) or next(iter(m.runs.values()))) for m in experiment.methods]
 
 
 def surface_png(surface: Floats) -> bytes:
@@ -125,7 +132,7 @@ UNIFORM_SHOWN = 700
 LABEL = 26  # characters that fit above a column
 
 
-def write_figure(records: Sequence[RunRecord], path: Path, columns: Sequence[str] | None = None) -> Path:
+def write_figure(records: Sequence[Record], path: Path, columns: Sequence[str] | None = None) -> Path:
     """Draw the spiral's figure as one SVG file: a column per method, decision surface above, hidden states below.
 
     It needs no other program and no network: the surfaces are PNG images inside the file.
@@ -143,7 +150,11 @@ def write_figure(records: Sequence[RunRecord], path: Path, columns: Sequence[str
         CorruptedFile: A picture file is damaged.
         StorageError: The file cannot be written.
     """
-    experiments = [e for e in collect(records) if any(read_pictures(run.folder) for _, run in chosen_runs(e))]
+    experiments = [
+        e
+        for e in collect([Result(record, {}, {}) for record in records])
+        if any(read_pictures(run.folder) for _, run in chosen_runs(e))
+    ]
     if len(experiments) != 1:
         raise UsageError(f"the figure shows one experiment with pictures, not {len(experiments)}")
     chosen = chosen_runs(experiments[0])
@@ -165,7 +176,7 @@ def write_figure(records: Sequence[RunRecord], path: Path, columns: Sequence[str
     return path
 
 
-def _panel(label: str, run: RunRecord, pictures: Pictures) -> _Panel:
+def _panel(label: str, run: Run, pictures: Pictures) -> _Panel:
     left, right, bottom, top = pictures.extent.tolist()
     colours = [CLASS_COLOURS[int(c)] for c in pictures.train_y]
     states = np.concatenate([pictures.train_hidden, pictures.uniform_hidden[:UNIFORM_SHOWN]]).astype(np.float64)
