@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from plotly.offline import get_plotlyjs
 
-from lab.reporting import EVIL, Page, keep_pictures, page, run, runs, spiral
+from lab.reporting import EVIL, keep_pictures, page, run, runs, spiral
 from manifold_mixup.lab.errors import StorageError, UsageError
 from manifold_mixup.lab.records import Failure, Record
 from manifold_mixup.lab.report import write_report
@@ -55,7 +55,16 @@ def test_the_real_record_is_understood(tmp_path):
         folder=tmp_path,
     )  # fmt: skip
     found = page(tmp_path, [Result(record, {"test_ece": 1.5}, {})])
-    for words in ("plain", "1.50", "2.50", "2.25", "steps = 77", "network width = 8", "alpha = 1.0", "manifold-mixup train"):
+    for words in (
+        "plain",
+        "1.50",
+        "2.50",
+        "2.25",
+        "steps = 77",
+        "network width = 8",
+        "alpha = 1.0",
+        "manifold-mixup train",
+    ):
         assert words in found.words
 
 
@@ -294,6 +303,14 @@ def test_folders_with_markup_in_their_names(tmp_path):
     found = page(tmp_path, [run(folder=folder)])
     assert str(folder) in found.words
     assert "b" not in [tag for tag, _ in found.tags]
+
+
+@pytest.mark.parametrize("quote", ["", "'", '"'])
+def test_the_places_of_a_machine_are_not_in_the_commands(tmp_path, quote):
+    command = f"manifold-mixup compare --runs /home/me/runs --data-dir=/home/me/data {quote}"
+    found = page(tmp_path, [run(command=command)])
+    assert "/home/me" not in found.source
+    assert "manifold-mixup compare --runs RUNS --data-dir=DIR" in found.words
 
 
 # ---------------------------------------------------------------- writing

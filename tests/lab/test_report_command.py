@@ -102,10 +102,10 @@ def test_figures_are_written_beside_the_page_in_the_colours_of_the_light_theme(
 ):
     kept = []
 
-    def write(figures, folder, formats=("svg", "png"), *, colours):
+    def write(figures, folder, formats=("svg", "png"), *, colours, titles):
         for name, figure in figures.items():
             kept.append(name)
-            spec = export.still(name, figure, colours)  # raises for a colour without a value
+            spec = export.still(name, figure, colours, titles[name])  # raises for a colour without a value
             assert "var(--" not in json.dumps(spec)
         return [folder / f"{name}.{kind}" for name in figures for kind in formats]
 

@@ -251,8 +251,10 @@ def test_where_every_run_fails_the_failure_is_what_is_said(call, recipe):  # noq
     # two batches in one of five examples: the mixer refuses what it cannot halve
     method = "manifold_mixup:layers=hidden.1.linear,pairing=two-batches"
     code, out, err = call(*compare(recipe, "-m", method, "--set", "train.batch_size=5"))
-    assert (code, out) == (1, "")
+    assert code == 1
     assert "error: 2 of 2 runs failed" in err
+    page = Path(out.removeprefix("page: ").strip()).read_text(encoding="utf-8")
+    assert page.count("failed: ") == 2, "the page names them as well"
 
 
 def test_reproduce_writes_a_page_of_its_study_and_show_writes_none(study, tmp_path, call, states):  # noqa: F811

@@ -48,10 +48,8 @@ def finish(runs, label="none", seed=0, experiment="digits", **keys):
 
 
 def plan(runs, *labels, seeds=(0,), experiment="digits"):
-    write_plan(
-        runs / experiment,
-        Plan(experiment, "About it", "digits", "mlp", labels, seeds, "the command", "2026-01-02"),
-    )
+    asked = Plan(experiment, "About it", "digits", "mlp", labels, seeds, "the command", "2026-01-02")
+    write_plan(runs / experiment, asked)
 
 
 def order(found):
@@ -116,6 +114,15 @@ def test_folders_of_any_depth_and_files_of_lines_are_one_report(tmp_path):
     assert [name for name, _, _ in order(found)] == ["second", "third", "digits", "digits"]
     third = found.results[1]
     assert (third.measured, third.record.folder) == ({"test_ece": 1.5}, Path())
+
+
+def test_a_run_below_two_of_the_paths_is_one_run(tmp_path, monkeypatch):
+    finish(tmp_path / "runs", "none", 0)
+    begin(tmp_path / "runs", "none", 1)
+    (begin(tmp_path / "runs", "none", 2) / "failure.json").write_text('{"error": "why"}')
+    monkeypatch.chdir(tmp_path)
+    found = gather([tmp_path / "runs", tmp_path / "runs" / "digits", Path("runs")])
+    assert (len(found.results), len(found.going), len(found.failures)) == (1, 1, 1)
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2, 3])
@@ -298,7 +305,7 @@ def test_unfinished_runs_are_in_the_order_of_the_plan(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("label", ["Manifold Mixup (α=2)", "UPPER", "two  words!"])
+@pytest.mark.parametrize("label", ["Manifold Mixup (\N{GREEK SMALL LETTER ALPHA}=2)", "UPPER", "two  words!"])
 def test_a_label_that_is_no_folder_name_is_restored_from_the_plan(tmp_path, label):
     assert slug(label) != label
     folder = begin(tmp_path, label)

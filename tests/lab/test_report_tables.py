@@ -101,7 +101,10 @@ def test_one_seed_has_neither_spread_nor_interval():
     assert (second.verdict, second.significant) == ("one common seed, so no interval", False)
     assert not any("±" in text for text in (first.value, second.value, found.copies.markdown, found.copies.latex))
     assert "pm" not in found.copies.latex
-    assert read_csv(found.copies.csv)[1] == [["none", "1", "3.0", "", "", "", ""], ["a", "1", "2.5", "", "-0.5", "", ""]]
+    assert read_csv(found.copies.csv)[1] == [
+        ["none", "1", "3.0", "", "", "", ""],
+        ["a", "1", "2.5", "", "-0.5", "", ""],
+    ]
 
 
 def test_methods_without_a_common_seed_have_no_difference():

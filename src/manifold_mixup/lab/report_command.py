@@ -115,9 +115,12 @@ def _title(runs: Sequence[Path]) -> str:
 
 def _export(sources: Sources, folder: Path) -> None:
     from manifold_mixup.lab.report.export import write_figures
-    from manifold_mixup.lab.report.page import figures_of
+    from manifold_mixup.lab.report.page import plots_of
 
-    written = write_figures(figures_of(sources), folder, colours=_colours())
+    plots = plots_of(sources)
+    titles = {name: plot.title for name, plot in plots.items()}
+    figures = {name: plot.figure for name, plot in plots.items()}
+    written = write_figures(figures, folder, colours=_colours(), titles=titles)
     typer.echo(f"figures: {len(written)} files in {folder}")
 
 

@@ -36,13 +36,12 @@ def published_twins(experiment: Experiment) -> dict[tuple[str, str], str]:
     """
     found: dict[tuple[str, str], str] = {}
     for _, panel, _ in _panels().get(experiment.name, ()):
-        if _plain(str(panel.published.get("network", ""))) != _plain(experiment.model):
-            continue
         for row in panel.rows:
             for column in panel.columns:
                 if column.relative or column.complement:
                     continue
-                if (entry := panel.twin(row, column)) is not None:
+                entry = panel.twin(row, column)
+                if entry is not None and _plain(entry.network) == _plain(experiment.model):
                     found.setdefault((row.label, column.metric), printed(entry))
     return found
 

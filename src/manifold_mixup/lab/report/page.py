@@ -11,12 +11,13 @@ from typing import Any
 
 from manifold_mixup.lab.report.beside import bibtex
 from manifold_mixup.lab.report.collect import collect
+from manifold_mixup.lab.report.figures.style import Plot
 from manifold_mixup.lab.report.sections import Section, section
 from manifold_mixup.lab.report.sources import Sources
 from manifold_mixup.lab.report.templates import FOLDER, render
 from manifold_mixup.lab.storage import make_folder, write_atomically
 
-__all__ = ["figures_of", "render_page", "write_report"]
+__all__ = ["plots_of", "render_page", "write_report"]
 
 
 def write_report(sources: Sources, path: Path, title: str, description: str = "") -> Path:
@@ -80,26 +81,26 @@ def render_page(sources: Sources, title: str, description: str = "", *, live: bo
     )
 
 
-def figures_of(sources: Sources) -> dict[str, dict[str, Any]]:
-    """Every figure of the page as a specification for plotly.js, by a name that is fit for a file.
+def plots_of(sources: Sources) -> dict[str, Plot]:
+    """Every figure of the page, by a name that is fit for a file.
 
     Raises:
         UsageError: There are no runs.
     """
     experiments = collect(sources.results, sources.failures, sources.going, sources.planned)
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Plot] = {}
     for index, experiment in enumerate(experiments, 1):
-        for key, figure in _named(section(experiment, index)):
+        for key, plot in _named(section(experiment, index)):
             name, count = key, 2
             while name in found:
                 name, count = f"{key}-{count}", count + 1
-            found[name] = figure
+            found[name] = plot
     return found
 
 
-def _named(found: Section) -> list[tuple[str, dict[str, Any]]]:
+def _named(found: Section) -> list[tuple[str, Plot]]:
     plots = [*(p for part in found.drawn for p in part.plots), *(p for card in found.cards for p in card.plots)]
-    return [(f"{found.name}-{plot.key}", plot.figure) for plot in plots]
+    return [(f"{found.name}-{plot.key}", plot) for plot in plots]
 
 
 def _asset(name: str) -> Any:

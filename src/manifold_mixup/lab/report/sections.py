@@ -29,6 +29,11 @@ from manifold_mixup.lab.statistics import format_mean_sd, summary
 
 __all__ = ["Card", "Drawn", "Section", "section"]
 
+FULL_SIZE = (
+    "Published numbers are those of the papers' own networks, data and length of training; runs of scale short or desk "
+    "are smaller, and stand beside them for the differences between methods."
+)
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -39,7 +44,6 @@ class Drawn:
     note: str
     plots: Sequence[Plot]
     problems: Sequence[str] = ()
-    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,7 @@ def section(experiment: Experiment, index: int, description: str = "") -> Sectio
         failures=[f"{f.label}, seed {f.seed}: {f.error}" for f in experiment.failures],
         verdict=verdict(experiment, main),
         findings=findings(experiment, main),
-        remarks=remarks(experiment, main),
+        remarks=[*remarks(experiment, main), *([FULL_SIZE] if twins else [])],
         tables=[table for table in tables if table.columns],
         meanings=[(describe(name).title, describe(name).meaning) for name in main],
         published=[
@@ -356,7 +360,7 @@ def _facts(experiment: Experiment) -> list[tuple[str, str]]:
         *((("date", days),) if days else ()),
         *(("versions", text) for text in _distinct(_items(record.versions) for record in records)),
         *(("hardware", text) for text in _distinct(_items(record.hardware) for record in records)),
-        ("configurations", f"{len({record.config_hash for record in records})} different ones, by hash"),
+        ("configurations", f"{len({record.config_hash for record in records})} of different hash"),
     ]
 
 

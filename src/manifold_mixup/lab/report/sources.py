@@ -59,6 +59,7 @@ def gather(paths: Sequence[Path], baseline: str | None = None) -> Sources:
     """
     found = Sources()
     plans: dict[str, Plan] = {}
+    seen: set[Path] = set()
     for path in paths:
         if path.is_file() and path.suffix == ".jsonl":
             found.results += read_lines(path)
@@ -67,7 +68,9 @@ def gather(paths: Sequence[Path], baseline: str | None = None) -> Sources:
             if not folders:
                 raise UsageError(f"{path} holds no run: a run is a folder with config.json, as compare and train write")
             for folder in folders:
-                _read(folder, found, plans)
+                if (there := folder.resolve()) not in seen:  # paths may overlap
+                    seen.add(there)
+                    _read(folder, found, plans)
         else:
             raise UsageError(f"{path} is neither a folder of runs nor a .jsonl file with records")
     for plan in plans.values():

@@ -253,7 +253,7 @@ LATEX: Mapping[str, str] = {
 def escaped(text: str) -> str:
     """Text for LaTeX."""
     replace: Callable[[re.Match[str]], str] = lambda match: LATEX[match[0]]  # noqa: E731
-    return re.sub("|".join(map(re.escape, LATEX)), replace, " ".join(text.split()))
+    return re.sub("|".join(map(re.escape, LATEX)), replace, re.sub(r"[ \t\r\n]+", " ", text).strip())
 
 
 def as_latex(columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> str:

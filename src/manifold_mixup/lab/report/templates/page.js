@@ -104,10 +104,23 @@
     const styles = getComputedStyle(root);
     const { data, layout } = coloured(specification(figure), styles);
     const paper = styles.getPropertyValue("--paper").trim();
-    const legend = { showlegend: true, legend: { orientation: "h", y: -0.25 }, paper_bgcolor: paper, plot_bgcolor: paper };
+    // What the page says around a figure goes into its file: the title, which plotly.js would read as markup, and the
+    // legend.
+    const text = document.createElement("i");
+    text.textContent = figure.querySelector("h4").textContent;
+    const alone = {
+      title: { text: text.innerHTML, x: 0.02, xanchor: "left" },
+      margin: { ...layout.margin, t: 48 },
+      showlegend: true,
+      legend: { orientation: "h", y: -0.25 },
+      paper_bgcolor: paper,
+      plot_bgcolor: paper,
+    };
+    const square = layout.yaxis?.scaleanchor !== undefined || data.every((trace) => trace.type === "heatmap");
+    const size = { width: square ? Math.max(520, layout.height + 80) : 800, height: layout.height + 160 };
     await library.downloadImage(
-      { data: shown(figure, data), layout: { ...layout, ...legend } },
-      { format: button.dataset.save, filename: button.dataset.name, width: 800, height: layout.height + 120, scale: 2 },
+      { data: shown(figure, data), layout: { ...layout, ...alone } },
+      { format: button.dataset.save, filename: button.dataset.name, ...size, scale: 2 },
     );
   };
 
@@ -119,14 +132,13 @@
     const number = /^[+\-\u2212]?[\d.]/.test(text) ? Number.parseFloat(text.replace("\u2212", "-")) : Number.NaN;
     return { text, number };
   };
-  const sort = (button) => {
-    const header = button.closest("th");
-    const body = button.closest("table").tBodies[0];
-    const rising = header.getAttribute("aria-sort") !== "ascending";
+  const sort = (header, rising) => {
+    const body = header.closest("table").tBodies[0];
     for (const other of header.parentElement.cells) other.setAttribute("aria-sort", "none");
     header.setAttribute("aria-sort", rising ? "ascending" : "descending");
     const rows = [...body.rows].map((row) => ({ row, ...valueOf(row, header.cellIndex) }));
-    const numeric = rows.some(({ number }) => !Number.isNaN(number));
+    const absent = ["", "-", "\u2013", "nan"];
+    const numeric = rows.every(({ number, text }) => !Number.isNaN(number) || absent.includes(text));
     const sign = rising ? 1 : -1;
     rows.sort((a, b) => {
       if (!numeric) return sign * a.text.localeCompare(b.text);
@@ -174,7 +186,10 @@
     if (!button) return;
     if (button.id === "theme") {
       chooseTheme(THEMES[(THEMES.indexOf(root.dataset.theme ?? THEMES[0]) + 1) % THEMES.length]);
-    } else if (button.classList.contains("sort")) sort(button);
+    } else if (button.classList.contains("sort")) {
+      const header = button.closest("th");
+      sort(header, header.getAttribute("aria-sort") !== "ascending");
+    }
     else if (button.dataset.method) toggle(button);
     else if (button.dataset.save) save(button).catch(() => say(button, "not saved"));
     else if (button.dataset.copy !== undefined || button.dataset.copyFrom) {
@@ -243,6 +258,16 @@
       const open = new Map(summaries.map((summary) => [key(summary), summary.parentElement.open]));
       for (const summary of fresh.querySelectorAll("details > summary")) {
         summary.parentElement.open = open.get(key(summary)) ?? summary.parentElement.open;
+      }
+      const place = (header) => [
+        header.closest("section").id,
+        header.closest("table").caption.textContent,
+        header.textContent,
+      ];
+      for (const old of document.querySelectorAll("[aria-sort$='ending']")) {
+        const same = (header) => String(place(header)) === String(place(old));
+        const header = [...fresh.querySelectorAll("[aria-sort]")].find(same);
+        if (header) sort(header, old.getAttribute("aria-sort") === "ascending");
       }
       // A figure that is there already keeps its place: plotly.js moves it to the new numbers without a flicker.
       for (const figure of fresh.querySelectorAll(".figure")) {
