@@ -9,15 +9,23 @@ Chromium that is on PATH or named in MANIFOLD_MIXUP_CHROMIUM.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import shutil
 from pathlib import Path
+
+from PIL import Image
 
 from manifold_mixup.lab.cli import main as manifold_mixup
 
 HERE = Path(__file__).parent
 PICTURE = HERE.parent / "pictures" / "report.png"
-LOOK = "() => document.querySelectorAll('#experiment-2-table ~ .plots .figure[data-drawn]').length > 2"
+PLACES = ("experiment-2", "experiment-2-curves", "experiment-1-pictures")
+SIZE = (1000, 1300)
+DRAWN = """() => [...document.querySelectorAll('.figure')].every((figure) => {
+  const { top, bottom } = figure.getBoundingClientRect();
+  return bottom < 0 || top > innerHeight || 'drawn' in figure.dataset;
+})"""
 
 
 def command(*words: str) -> None:
@@ -29,18 +37,24 @@ def command(*words: str) -> None:
 
 
 def take_picture(page: Path, picture: Path, chromium: str) -> None:
-    """The start of the digits' part: verdict, table, and the first figures."""
+    """Three places of the page side by side: verdict and table, curves and calibration, decision surfaces."""
     from playwright.sync_api import sync_playwright
 
+    width, height = SIZE
+    whole = Image.new("RGB", (width * len(PLACES), height))
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        tab = browser.new_page(viewport={"width": 1200, "height": 1500}, color_scheme="light")
+        tab = browser.new_page(viewport={"width": width, "height": height}, color_scheme="light")
         tab.goto(page.resolve().as_uri())
-        tab.evaluate("document.querySelector('#experiment-2').scrollIntoView()")
-        tab.wait_for_function(LOOK)
-        tab.wait_for_timeout(1000)  # plotly.js moves its labels to their places after it has drawn
-        tab.screenshot(path=picture)
+        tab.add_style_tag(content=".legend { position: static }")
+        for column, place in enumerate(PLACES):
+            tab.evaluate(f"document.getElementById('{place}').scrollIntoView()")
+            tab.wait_for_function(DRAWN)
+            tab.wait_for_timeout(1000)  # plotly.js moves its labels to their places after it has drawn
+            tab.evaluate(f"document.getElementById('{place}').scrollIntoView()")
+            whole.paste(Image.open(io.BytesIO(tab.screenshot())), (column * width, 0))
         browser.close()
+    whole.resize((1800, 1800 * height // whole.width), Image.Resampling.LANCZOS).save(picture, optimize=True)
 
 
 def main() -> None:
