@@ -17,12 +17,9 @@ from manifold_mixup.lab.results import Result, measured_with
 BINS = 15
 
 
-def write_run(runs, label="none", seed=0, *, log=(), arrays=None, classes=(), measured=None, measures=None, **changes):
-    """A finished run as the lab leaves it, read back as a `Result`.
-
-    ``arrays``: kind to named arrays; ``measured``, ``measures``: of a later evaluation; ``changes``: of the record.
-    """
-    fields = {
+def record_fields(label="none", seed=0, **changes):
+    """The fields of a record, but for its folder."""
+    return {
         "experiment": "digits",
         "data": "digits",
         "model": "mlp",
@@ -41,6 +38,14 @@ def write_run(runs, label="none", seed=0, *, log=(), arrays=None, classes=(), me
         "date": "2026-01-01T00:00:00+00:00",
         **changes,
     }
+
+
+def write_run(runs, label="none", seed=0, *, log=(), arrays=None, classes=(), measured=None, measures=None, **changes):
+    """A finished run as the lab leaves it, read back as a `Result`.
+
+    ``arrays``: kind to named arrays; ``measured``, ``measures``: of a later evaluation; ``changes``: of the record.
+    """
+    fields = record_fields(label, seed, **changes)
     folder = runs / fields["experiment"] / (slug(label) or "run") / f"seed-{seed}"
     folder.mkdir(parents=True)
     record = Record(**fields, folder=folder)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from lab.report_runs import record_fields
 from manifold_mixup.lab.records import Record
 from manifold_mixup.lab.report import write_report
 from manifold_mixup.lab.report.sources import Sources
@@ -20,25 +21,8 @@ EVIL = "<script>alert(1)</script>"
 
 def run(label="none", seed=0, metrics=None, folder=Path("runs/digits"), measured=None, **changes):
     """One finished run; ``changes`` are fields of its record."""
-    fields = {
-        "experiment": "digits",
-        "data": "digits",
-        "model": "mlp",
-        "method": "none",
-        "label": label,
-        "options": {},
-        "seed": seed,
-        "metrics": {"test_error": 3.0, "test_nll": 0.1} if metrics is None else metrics,
-        "best": {},
-        "train": {},
-        "config_hash": "0" * 16,
-        "versions": {"torch": "2.13.0"},
-        "hardware": {"cpus": 2},
-        "seconds": 1.5,
-        "command": "manifold-mixup compare --recipe digits",
-        "date": "2026-01-01T00:00:00+00:00",
-        **changes,
-    }
+    metrics = {"test_error": 3.0, "test_nll": 0.1} if metrics is None else metrics
+    fields = record_fields(label, seed, **{"metrics": metrics, **changes})
     # values that a record's file cannot hold are tried as well
     return Result(Record.model_construct(**fields, folder=folder), measured or {}, {})
 
