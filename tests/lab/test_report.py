@@ -348,3 +348,10 @@ def test_numbers_for_people():
 
 def test_lists_for_people():
     assert [listed(x) for x in ([], ["a"], ["a", "b"], ["a", "b", 3])] == ["", "a", "a and b", "a, b and 3"]
+
+
+def test_the_page_says_where_a_run_lies_among_the_runs_and_not_on_the_machine(tmp_path):
+    folder = tmp_path / "secret" / "digits" / "none" / "seed-0"
+    found = page(tmp_path, [run(folder=folder), run(seed=1, folder=Path())])
+    assert "digits/none/seed-0" in found.words
+    assert "secret" not in found.source

@@ -319,9 +319,14 @@ def _runs(experiment: Experiment, names: Sequence[str]) -> Plain | None:
         for seed, run in sorted(method.runs.items()):
             values = [method.values(name).get(seed) for name in names]
             cells = [NOTHING if v is None else number(v, m.digits) for v, m in zip(values, metrics, strict=True)]
-            rows.append([method.label, str(seed), *cells, f"{run.record.seconds:.1f}", str(run.folder)])
+            rows.append([method.label, str(seed), *cells, f"{run.record.seconds:.1f}", _place(run)])
     columns = ["method", "seed", *(m.title for m in metrics), "seconds", "folder"]
     return plain("All runs", columns, rows) if rows else None
+
+
+def _place(run: Run) -> str:
+    """A run's folder below that of all runs: where those lie on a machine is not for all who are sent the page."""
+    return "/".join(run.folder.parts[-3:]) or NOTHING
 
 
 def _methods(experiment: Experiment) -> Plain | None:
