@@ -72,7 +72,10 @@ def demo(tmp_path_factory):
             evaluation = json.loads(line)
             if evaluation["weights"] == "last":
                 record["metrics"] = evaluation["metrics"] | record["metrics"]
-        found[record["experiment"]][record["label"]][record["seed"]] = {**record, "folder": str(path.parent)}
+        found[record["experiment"]][record["label"]][record["seed"]] = {
+            **record,
+            "folder": "/".join(path.parent.parts[-3:]),
+        }
     return SimpleNamespace(page=page.write(), runs=found)
 
 

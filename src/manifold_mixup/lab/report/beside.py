@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from manifold_mixup.lab.methods import METHODS
 from manifold_mixup.lab.report.collect import Experiment
@@ -15,12 +16,18 @@ from manifold_mixup.lab.verdict import Verdict
 
 __all__ = ["bibtex", "claims", "published_grids", "published_twins"]
 
+Part = tuple[Study, Panel, Scale]
+
+
+def _panels() -> Mapping[str, tuple[Part, ...]]:
+    """The parts of published tables that an experiment repeats, by the name of its recipe."""
+    return _panels_of(tuple(study_files().items()))
+
 
 @functools.cache
-def _panels() -> Mapping[str, tuple[tuple[Study, Panel, Scale], ...]]:
-    """The parts of published tables that an experiment repeats, by the name of its recipe."""
-    found: dict[str, tuple[tuple[Study, Panel, Scale], ...]] = {}
-    for name in study_files():
+def _panels_of(files: tuple[tuple[str, Path], ...]) -> Mapping[str, tuple[Part, ...]]:
+    found: dict[str, tuple[Part, ...]] = {}
+    for name, _ in files:
         study = load_study(name)
         for panel in study.panels:
             for scale, recipe in panel.recipes.items():
