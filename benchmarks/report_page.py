@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
-import shutil
+import runpy
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
+INSTALL = Path(__file__).parents[1] / "tests" / "browser" / "install.py"
 METHODS = (
     "none", "dropout:p=0.5", "weight_decay:strength=1e-3", "label_smoothing", "input_noise:sd=0.1",
     "hidden_noise:sd=0.1", "input_mixup:alpha=1", "last_layer_mixup", "noisy_feature_mixup", "manifold_mixup:alpha=2",
@@ -65,11 +65,10 @@ def open_page(browser: object, page: Path) -> tuple[float, float, float, int]:
         return loaded, first, time.perf_counter() - start, count
 
 
-def find_chromium() -> str:
-    named = os.environ.get("MANIFOLD_MIXUP_CHROMIUM")
-    found = named or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+def find_chromium() -> Path:
+    found: Path | None = runpy.run_path(str(INSTALL))["find_browser"]()
     if found is None:
-        raise SystemExit("no Chromium was found: install one, or name it in MANIFOLD_MIXUP_CHROMIUM")
+        raise SystemExit("no Chromium was found: make browser installs one")
     return found
 
 

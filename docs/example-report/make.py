@@ -2,16 +2,15 @@
 
     python docs/example-report/make.py [--runs runs]
 
-Runs what is missing of ``manifold-mixup demo``, writes ``index.html`` beside this file, and takes the picture with a
-Chromium that is on PATH or named in MANIFOLD_MIXUP_CHROMIUM.
+Runs what is missing of ``manifold-mixup demo``, writes ``index.html`` beside this file, and takes the picture with
+the Chromium that the tests of the page use.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import os
-import shutil
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from pathlib import Path
 from PIL import Image
 
 HERE = Path(__file__).parent
+INSTALL = HERE.parents[1] / "tests" / "browser" / "install.py"
 PICTURE = HERE.parent / "pictures" / "report.png"
 PLACES = ("experiment-2", "experiment-2-curves", "experiment-1-pictures")
 SIZE = (1000, 1300)
@@ -33,7 +33,7 @@ def command(*words: str) -> None:
     subprocess.run([Path(sys.executable).with_name("manifold-mixup"), *words], check=True)
 
 
-def take_picture(page: Path, picture: Path, chromium: str) -> None:
+def take_picture(page: Path, picture: Path, chromium: Path) -> None:
     """Three places of the page side by side: verdict and table, curves and calibration, decision surfaces."""
     from playwright.sync_api import sync_playwright
 
@@ -58,10 +58,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", default="runs", help="folder of the demo's runs (default: runs)")
     options = parser.parse_args()
-    named = os.environ.get("MANIFOLD_MIXUP_CHROMIUM")
-    chromium = named or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    chromium: Path | None = runpy.run_path(str(INSTALL))["find_browser"]()
     if chromium is None:
-        raise SystemExit("no Chromium was found: install one, or name it in MANIFOLD_MIXUP_CHROMIUM")
+        raise SystemExit("no Chromium was found: make browser installs one")
     page = HERE / "index.html"
     command("demo", "--runs", options.runs)
     parts = [f"{options.runs}/{name}" for name in ("spiral", "digits")]

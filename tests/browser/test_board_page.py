@@ -68,7 +68,7 @@ def test_whatever_comes_from_runs_is_text_in_tables_and_figures(tmp_path, open_p
     ]
     failures = [Failure(SCRIPT, SCRIPT, 2, IMAGE), Failure(IMAGE, SCRIPT, 0, SCRIPT)]
     descriptions = {SCRIPT: IMAGE}
-    path = write_report(Sources(results, failures, descriptions=descriptions), tmp_path / "page.html", SCRIPT, IMAGE)
+    path = write_report(Sources(results, failures, descriptions=descriptions), tmp_path / "page.html", SCRIPT)
     page = open_page(path)
     draw_all(page)
     figures = assert_drawn(page)

@@ -73,9 +73,9 @@ class Page(HTMLParser):
         return [json.loads(text) for kind, text in self.scripts if kind == "application/json"]
 
 
-def page(tmp_path, results, *failures, title="A comparison", description="", **sources):
+def page(tmp_path, results, *failures, title="A comparison", **sources):
     found = Sources(list(results), list(failures), **sources)
-    return Page(write_report(found, tmp_path / "page.html", title, description).read_text(encoding="utf-8"))
+    return Page(write_report(found, tmp_path / "page.html", title).read_text(encoding="utf-8"))
 
 
 def keep_pictures(folder, seed=0, **changes):

@@ -183,7 +183,7 @@ def states(monkeypatch):
 
     found = []
 
-    def spy(sources, path, title, description=""):
+    def spy(sources, path, title):
         found.append((len(sources.results), [(g.running, g.step) for g in sources.going]))
         write_atomically(path, b"a page")
         return path

@@ -17,7 +17,7 @@ from manifold_mixup.lab import storage
 from manifold_mixup.lab.config import Component, RunConfig
 from manifold_mixup.lab.data import DATASETS, DataInfo, Examples, Pixels, Places, load_data, load_test
 from manifold_mixup.lab.devices import Devices, make_fabric
-from manifold_mixup.lab.errors import CorruptedFile, LabError, StorageError, UsageError, nearest
+from manifold_mixup.lab.errors import CorruptedFile, LabError, UsageError, nearest
 from manifold_mixup.lab.measures.base import Measure, Subject
 from manifold_mixup.lab.measures.registry import always, get_measure, measure
 from manifold_mixup.lab.parsing import explain
@@ -146,7 +146,8 @@ def evaluate_run(
     )
     if which == "last" and data is None:
         _keep_arrays(subject, chosen, folder)
-    _append(found, folder / EVALUATIONS)
+    line = json.dumps(found.summary(), ensure_ascii=False, allow_nan=False)
+    storage.append(folder / EVALUATIONS, f"{line}\n")
     return found
 
 
@@ -165,14 +166,6 @@ def _keep_arrays(subject: Subject, chosen: Sequence[tuple[Measure, Any]], folder
     for entry, options in chosen:
         if entry.arrays is not None:
             storage.write_tensors(folder / f"{entry.name}.safetensors", entry.arrays(subject, options))
-
-
-def _append(found: Evaluation, path: Path) -> None:
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(found.summary(), ensure_ascii=False, allow_nan=False) + "\n")
-    except OSError as error:
-        raise StorageError(path, error) from error
 
 
 def _read_config(folder: Path) -> tuple[RunConfig, str]:

@@ -111,9 +111,7 @@ class ExperimentPage:
         from manifold_mixup.lab.report.page import write_report
         from manifold_mixup.lab.report.sources import planned_runs
 
-        sources = planned_runs(self.configs, self.runs)
-        description = " ".join(f"{config.description}." for config in self.configs if config.description)
-        return write_report(sources, self.path, self.title, description)
+        return write_report(planned_runs(self.configs, self.runs), self.path, self.title)
 
 
 def run_all(

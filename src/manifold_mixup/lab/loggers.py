@@ -24,7 +24,7 @@ from typing import Any, Protocol
 from manifold_mixup.lab import storage
 from manifold_mixup.lab.errors import MissingExtra, StorageError, UsageError
 
-__all__ = ["LOGGERS", "CsvLogger", "Logger", "TensorBoardLogger", "append", "check", "open_loggers", "parse", "read"]
+__all__ = ["LOGGERS", "CsvLogger", "Logger", "TensorBoardLogger", "check", "open_loggers", "parse", "read"]
 
 TAGS = {  # TensorBoard's names; it groups them by what is before the slash
     "train_loss": "train/loss",
@@ -91,7 +91,7 @@ class CsvLogger:
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Add a line."""
-        append(self._path, self._table([line]))
+        storage.append(self._path, self._table([line]))
 
     def finish(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Nothing: the metrics are no line of the log."""
@@ -251,19 +251,6 @@ def open_loggers(names: Iterable[str], folder: Path) -> Iterator[list[Logger]]:
         for logger in loggers:
             stack.callback(logger.close)
         yield loggers
-
-
-def append(path: Path, text: str) -> None:
-    """Add to a text file.
-
-    Raises:
-        StorageError: It cannot be written.
-    """
-    try:
-        with path.open("a", encoding="utf-8", newline="") as file:
-            file.write(text)
-    except OSError as error:
-        raise StorageError(path, error) from error
 
 
 def read(path: Path) -> list[dict[str, Any]]:

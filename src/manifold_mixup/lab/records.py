@@ -4,6 +4,7 @@
 
 * ``config.json``: the settings and their hash; written first, so that a folder belongs to one configuration for good;
 * ``log.jsonl``: one line per look at the validation split;
+* ``log.csv``, ``tensorboard/``: the same lines, for whoever asked for them with ``--logger``;
 * ``checkpoint/``: from which an interrupted run goes on;
 * ``model.safetensors``, ``best.safetensors``: the last weights, and those with the lowest validation NLL;
 * ``data.json``: what the network reads: shape, classes, normalisation;
@@ -77,26 +78,7 @@ class Record(BaseModel):
         Raises:
             CorruptedFile: The file is damaged.
         """
-        return self._tensors("pictures")
-
-    def details(self) -> dict[str, Tensor]:
-        """Reliability, confusions and mistakes on test data; empty for a run of an older version.
-
-        Raises:
-            CorruptedFile: The file is damaged.
-        """
-        return self._tensors("details")
-
-    def arrays(self, measure: str) -> dict[str, Tensor]:
-        """The arrays that a later evaluation kept of a measure, such as ``"spectra"``; empty if none did.
-
-        Raises:
-            CorruptedFile: The file is damaged.
-        """
-        return self._tensors(measure)
-
-    def _tensors(self, name: str) -> dict[str, Tensor]:
-        path = self.folder / f"{name}.safetensors"
+        path = self.folder / "pictures.safetensors"
         return storage.read_tensors(path) if path.exists() else {}
 
     def summary(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from manifold_mixup.lab.errors import CorruptedFile, StorageError
 
 __all__ = [
+    "append",
     "load_state",
     "make_folder",
     "pack",
@@ -69,6 +70,19 @@ def write_atomically(path: Path, content: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def append(path: Path, text: str) -> None:
+    """Add to a text file.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    try:
+        with path.open("a", encoding="utf-8", newline="") as file:
+            file.write(text)
+    except OSError as error:
+        raise StorageError(path, error) from error
 
 
 def write_json(path: Path, value: Any) -> None:

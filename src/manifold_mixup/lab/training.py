@@ -299,7 +299,7 @@ class _Loop:
                 self.best = {"step": self.step, "validation_error": error, "validation_nll": nll}
                 self.best_weights = self.weights()
         if self.fabric.is_global_zero:
-            loggers.append(self.log, json.dumps(self.last_line) + "\n")
+            storage.append(self.log, json.dumps(self.last_line) + "\n")
         for logger in self.loggers:
             logger.log(self.last_line)
 

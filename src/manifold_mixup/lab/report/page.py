@@ -20,7 +20,7 @@ from manifold_mixup.lab.storage import make_folder, write_atomically
 __all__ = ["plots_of", "render_page", "write_report"]
 
 
-def write_report(sources: Sources, path: Path, title: str, description: str = "") -> Path:
+def write_report(sources: Sources, path: Path, title: str) -> Path:
     """Write the page: what the numbers show, the tables, figures, every seed and all settings.
 
     The file is replaced as a whole or not at all.
@@ -29,7 +29,6 @@ def write_report(sources: Sources, path: Path, title: str, description: str = ""
         sources: Runs; the others are compared with the method of the first one.
         path: The HTML file to write. Its folder is created.
         title: Heading of the page.
-        description: A sentence or two below the heading.
 
     Returns:
         ``path``.
@@ -38,14 +37,14 @@ def write_report(sources: Sources, path: Path, title: str, description: str = ""
         UsageError: There are no runs.
         StorageError: The file cannot be written.
     """
-    page = render_page(sources, title, description)
+    page = render_page(sources, title)
     path = Path(path)
     make_folder(path.parent)
     write_atomically(path, page.encode())
     return path
 
 
-def render_page(sources: Sources, title: str, description: str = "", *, live: bool = False) -> str:
+def render_page(sources: Sources, title: str, *, live: bool = False) -> str:
     """The page as text.
 
     It holds its own style and scripts (plotly.js once, compressed), so it can be opened offline, mailed and archived.
@@ -54,7 +53,6 @@ def render_page(sources: Sources, title: str, description: str = "", *, live: bo
     Args:
         sources: Runs; the others are compared with the method of the first one.
         title: Heading of the page.
-        description: A sentence or two below the heading.
         live: Whether its script asks the server that it came from for news.
 
     Raises:
@@ -66,7 +64,6 @@ def render_page(sources: Sources, title: str, description: str = "", *, live: bo
     return render(
         "page.html",
         title=title,
-        description=description,
         sections=[
             section(experiment, index, sources.descriptions.get(experiment.name, ""))
             for index, experiment in enumerate(experiments, 1)

@@ -12,6 +12,7 @@ import numpy as np
 from manifold_mixup.lab.report.collect import Experiment, Method
 from manifold_mixup.lab.report.figures.kept import Floats, line_of, names_axis, sentences
 from manifold_mixup.lab.report.figures.style import (
+    SERIES,
     Figure,
     Plot,
     axis,
@@ -29,7 +30,6 @@ LEAST = 5  # examples that a bin of the chi-square test should expect
 NOT_MIXED = "not mixed"
 ALPHA = "\N{GREEK SMALL LETTER ALPHA}"
 PATTERNS = ("", "/", "x", "-")  # bars beyond the number of colours, as lines differ in their dashes
-SERIES_BEFORE_PATTERNS = 8
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _layers(found: Sequence[Mixed]) -> Plot:
 def _bars(mixed: Mixed, counts: Sequence[int]) -> Figure:
     method = mixed.method
     marker: Figure = {"color": colour_of(method.index)}
-    if pattern := PATTERNS[method.index // SERIES_BEFORE_PATTERNS % len(PATTERNS)]:
+    if pattern := PATTERNS[method.index // SERIES % len(PATTERNS)]:
         marker["pattern"] = {"shape": pattern}
     return {
         "type": "bar",
