@@ -1,4 +1,4 @@
-"""Small files of every published set of images, in their published layout, for recipes that name the real ones."""
+"""Small files of every published set, in their published layout, for recipes that name the real ones."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lab.data import test_cifar, test_mnist, test_svhn, test_tiny_imagenet
+from lab.data import test_cifar, test_gnn_benchmark, test_mnist, test_planetoid, test_svhn, test_tiny_imagenet
 from lab.data.own_images import write as write_file
 from manifold_mixup.lab.data import DATASETS, Places
 
@@ -14,7 +14,10 @@ CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python
 
 
 def publish(folder: Path, patch: pytest.MonkeyPatch) -> Places:
-    """Write the files and make the registry expect them: 24 to 200 training and 12 to 100 test images a set."""
+    """Write the files and make the registry expect them.
+
+    24 to 200 training and 12 to 100 test images a set, and graphs of 52 to 60 nodes of three classes.
+    """
     data = folder / "data"
     for name, files in CIFAR_FOLDERS.items():
         contents, entry, _ = test_cifar.made(name)
@@ -34,4 +37,12 @@ def publish(folder: Path, patch: pytest.MonkeyPatch) -> Places:
     for name, content in test_tiny_imagenet.FILES.items():
         write_file(data / test_tiny_imagenet.TOP / name, content)
     patch.setitem(DATASETS, "tiny_imagenet", test_tiny_imagenet.small())
+    for name in test_planetoid.BASES:
+        papers = test_planetoid.written(test_planetoid.made(), name)
+        test_planetoid.write(data / "planetoid", papers)
+        patch.setitem(DATASETS, name, test_planetoid.small(papers, name))
+    for name, (file, _) in test_gnn_benchmark.NAMES.items():
+        npz = test_gnn_benchmark.published(*test_gnn_benchmark.made())
+        test_gnn_benchmark.write(data / "graphs" / file, npz)
+        patch.setitem(DATASETS, name, test_gnn_benchmark.small(npz, name))
     return Places(data, folder / "cache")

@@ -13,7 +13,8 @@ from manifold_mixup.lab.measures.registry import MEASURES
 from manifold_mixup.lab.methods import METHODS
 
 CLASSES = ("blue", "green", "red")
-ON_IMAGES = [name for name in METHODS if name != "batch_norm"]  # residual networks have it anyway
+SUPERVISED = [name for name, method in METHODS.items() if "classification" in method.tasks]
+ON_IMAGES = [name for name in SUPERVISED if name != "batch_norm"]  # residual networks have it anyway
 SMALL = ("--model", "preact_resnet18", "--width", "0.05", "--steps", "2", "--set", "train.batch_size=6", "--quiet")
 
 

@@ -78,6 +78,7 @@ ON = [
     ("batch_norm", {}),
 ]
 
+SUPERVISED = [name for name, method in METHODS.items() if "classification" in method.tasks]  # others: in their own tests
 IMAGES = {"cutmix", "cutout"}  # methods that read images alone
 BUILT_IN = {"dropout", "batch_norm"}  # methods that need a network with such an option
 SMALL = {"cutout": {"size": 3}, "cutmix": {"probability": 1.0}}  # options for images of 8x8 pixels and few batches
@@ -102,8 +103,8 @@ def small_network(name):
 
 
 def test_the_tables_cover_every_method():
-    assert {name for name, _ in OFF} == METHODS.keys()
-    assert {name for name, _ in ON} == METHODS.keys() - {"none"}
+    assert {name for name, _ in OFF} == set(SUPERVISED)
+    assert {name for name, _ in ON} == set(SUPERVISED) - {"none"}
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +137,7 @@ def test_switched_on_every_setting_is_another_training(plain, tmp_path):
         seen[f"{name} {options}"] = trained
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", SUPERVISED)
 def test_a_seed_reproduces_and_another_differs(name, tmp_path):
     runs = []
     for i, seed in enumerate((0, 0, 1)):
@@ -151,7 +152,7 @@ def cross_entropy(output, target):
     return F.cross_entropy(output, target, reduction="none").mean()
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "dropout"])
+@pytest.mark.parametrize("name", [name for name in SUPERVISED if name != "dropout"])
 def test_nothing_global_is_read_or_advanced(name):
     model, hidden, x, y = small_network(name)
     seen = []
@@ -169,7 +170,7 @@ def test_nothing_global_is_read_or_advanced(name):
     assert seen[:3] == seen[3:]
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", SUPERVISED)
 def test_detach_leaves_no_trace(name):
     model, hidden, x, y = small_network(name)
     expected, names = model(x), list(model.state_dict())
@@ -183,7 +184,7 @@ def test_detach_leaves_no_trace(name):
     assert sum(hooks) == 0
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", SUPERVISED)
 def test_the_batch_of_the_caller_stays_as_it_is(name):
     model, hidden, x, y = small_network(name)
     before = x.clone(), y.clone()
@@ -197,7 +198,7 @@ def test_the_batch_of_the_caller_stays_as_it_is(name):
 
 
 @pytest.mark.parametrize(
-    "name", sorted(METHODS.keys() - {"none", "dropout", "batch_norm", "weight_decay", "label_smoothing"})
+    "name", sorted(set(SUPERVISED) - {"none", "dropout", "batch_norm", "weight_decay", "label_smoothing"})
 )
 @pytest.mark.parametrize("done", [0, 3])
 def test_state_goes_on_where_it_was(name, done):

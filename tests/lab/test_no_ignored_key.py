@@ -145,6 +145,7 @@ def test_every_key_of_the_training_has_an_effect_or_is_refused(look, key):
 # --- data
 
 ELSEWHERE = {"folder", "hf"}  # a user's own: what their options choose among is shown in their own tests
+ELSEWHERE |= {name for name, entry in DATASETS.items() if entry.info.nodes}  # graphs: in test_graph_splits
 DATA = {
     "train_examples": (12, 10),
     "validation_examples": (4, 6),
@@ -193,14 +194,26 @@ METHOD = {
     "epsilon": 0.3,
     "p": 0.2,
     "strength": 0.1,
+    "alpha_unlabelled": 0.3,
+    "weight": 7.0,
+    "ramp": 0.1,
+    "targets": "probabilities",
+    "target_mode": "eval",
+    "decay": 0.3,
+    "mix": "logits",
+    "teacher_mode": "train",
 }
-METHOD_KEYS = [(name, key) for name, method in METHODS.items() for key in method.Options.model_fields]
+FEW_LABELS = {"name": "semi_supervised", "options": {"batch_size": 6}}
+ON_GRAPHS = {name for name, method in METHODS.items() if method.tasks == ("node_classification",)}  # in their own tests
+METHOD_KEYS = [(name, key) for name in METHODS if name not in ON_GRAPHS for key in METHODS[name].Options.model_fields]
 
 
 @pytest.mark.parametrize(("name", "key"), METHOD_KEYS)
 def test_every_option_of_a_method_has_an_effect(look, name, key):
     method = {"name": name, "options": BASES.get(name, {})}
     experiment = tree(DIGITS, methods=[method], **({} if name in ON_MLP else {"model": IMAGES}))
+    if METHODS[name].tasks == ("semi_supervised",):
+        experiment["task"] = FEW_LABELS
     seen = assert_it_matters(look, experiment, f"methods.0.options.{key}", METHOD[key])
     assert (seen == REFUSED) == (key == "head")
 
@@ -229,6 +242,7 @@ MODEL = {
     "blocks": 2,
     "stem_stride": 2,
     "final_norm": True,
+    "negative_slope": 0.1,
     "variant": "standard",
 }
 MODEL_KEYS = [(name, key) for name in SMALL for key in MODELS[name].options.model_fields]
@@ -236,7 +250,8 @@ MODEL_KEYS = [(name, key) for name in SMALL for key in MODELS[name].options.mode
 
 def test_the_networks_are_those_we_know_of():
     known = {MODELS[name].options for name in SMALL}
-    assert {entry.options for name, entry in MODELS.items() if name not in LIBRARIES} == known
+    others = {entry.options for name, entry in MODELS.items() if name not in LIBRARIES and not entry.graph}
+    assert others == known  # options of networks on a graph are tried in test_graph_nets
 
 
 @pytest.mark.parametrize(("name", "key"), MODEL_KEYS)

@@ -25,9 +25,10 @@ class Augmentation:
         pixels: How much is cropped and whether images are flipped, mean and standard deviation.
         images: All training images, uint8, ``(n, channels, height, width)``, on the device that trains.
         seed: Seed of the run.
+        stream: Follows the name of the stream of random numbers.
     """
 
-    def __init__(self, pixels: Pixels, images: Tensor, seed: int) -> None:
+    def __init__(self, pixels: Pixels, images: Tensor, seed: int, *, stream: str = "") -> None:
         self.pixels, self.images = pixels, images.contiguous(memory_format=torch.channels_last)
         self.height, self.width = images.shape[2:]
         channels = images.shape[1]
@@ -36,7 +37,7 @@ class Augmentation:
         self._scale = (1 / (255 * torch.tensor(pixels.sd, device=device)))[:, None, None]
         self._shift = (torch.tensor(pixels.mean, device=device) / torch.tensor(pixels.sd, device=device))[:, None, None]
         self._ys, self._xs = torch.arange(self.height, device=device), torch.arange(self.width, device=device)
-        self._generator = streams.generator(seed, "augmentation")
+        self._generator = streams.generator(seed, f"augmentation{stream}")
 
     def draw(self, size: int) -> Tensor:
         """Offsets of the crops and flips of a batch: ``(3, size)`` whole numbers, on the CPU.

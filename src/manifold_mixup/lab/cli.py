@@ -49,6 +49,7 @@ from manifold_mixup.lab.flags import (
     SeedsOption,
     SetOption,
     StepsOption,
+    TaskOption,
     ThreadsOption,
     TrainExamplesOption,
     WeightsOption,
@@ -121,6 +122,7 @@ def demo(
 @app.command()
 def compare(
     recipe: RecipeOption = None,
+    task: TaskOption = None,
     data: DataOption = None,
     data_dir: DataDirOption = None,
     train_examples: TrainExamplesOption = None,
@@ -162,6 +164,11 @@ def compare(
 
     Example: [bold]manifold-mixup compare --data folder:photos,size=64 --model timm:resnet18 -m none
     -m 'manifold_mixup:alpha=2,layers=layer1+layer2,label=hidden only'[/bold]
+
+    Example: [bold]manifold-mixup compare --task semi_supervised --data mnist --train-examples 100 --model mlp
+    --methods none,consistency,ict[/bold]
+
+    Example: [bold]manifold-mixup compare --data cora --methods none,graphmix --seeds 20[/bold]
     """
     from manifold_mixup.lab.errors import UsageError
     from manifold_mixup.lab.recipe import Overrides
@@ -171,7 +178,7 @@ def compare(
     listed = [*_names(methods), *(method or ())]
     more = [*(settings or ()), *([f"name={name}"] if name and recipe else [])]
     changes = Overrides(data=data, model=model, methods=listed, seeds=seeds, steps=steps, epochs=epochs, settings=more)
-    changes = dataclasses.replace(changes, train_examples=train_examples, width=width, threads=threads)
+    changes = dataclasses.replace(changes, task=task, train_examples=train_examples, width=width, threads=threads)
     changes = dataclasses.replace(changes, measures=[*_names(measures), *(measure or ())])
     config = choose_experiment(recipe, changes, data_dir, name)
     ray = (executor, ray_address, gpus_per_run)
@@ -189,6 +196,7 @@ def _names(text: str | None) -> list[str]:
 
 @app.command()
 def train(
+    task: TaskOption = None,
     data: DataOption = None,
     data_dir: DataDirOption = None,
     train_examples: TrainExamplesOption = None,
@@ -227,7 +235,7 @@ def train(
 
     changes = Overrides(data=data, model=model, methods=[method], seeds=f"{seed},", settings=settings or ())
     changes = dataclasses.replace(changes, steps=steps, epochs=epochs, width=width, threads=threads)
-    changes = dataclasses.replace(changes, train_examples=train_examples)
+    changes = dataclasses.replace(changes, task=task, train_examples=train_examples)
     config = choose_experiment(recipe, changes, data_dir, "train")
     how = make_settings(runs, 1, checkpoint_every, data_dir, (accelerator, devices, nodes), logger=logger)
     outcome = run_all([config], how, quiet)

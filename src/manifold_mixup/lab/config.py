@@ -17,7 +17,16 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from manifold_mixup.lab.options import Options
 
-__all__ = ["Component", "ExperimentConfig", "MethodConfig", "PlannedRun", "RunConfig", "TrainConfig", "slug"]
+__all__ = [
+    "CLASSIFICATION",
+    "Component",
+    "ExperimentConfig",
+    "MethodConfig",
+    "PlannedRun",
+    "RunConfig",
+    "TrainConfig",
+    "slug",
+]
 
 
 def _full_batch(value: Any) -> Any:
@@ -134,9 +143,13 @@ class MethodConfig(Component):
     label: str = Field(min_length=1)
 
 
+CLASSIFICATION = Component(name="classification")
+
+
 class RunConfig(Options):
     """All that determines the numbers of one run."""
 
+    task: Component = CLASSIFICATION
     data: Component
     model: Component
     train: TrainConfig
@@ -145,8 +158,12 @@ class RunConfig(Options):
 
     @property
     def hash(self) -> str:
-        """Sixteen hexadecimal digits; equal for equal settings, whatever they were called."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        """Sixteen hexadecimal digits; equal for equal settings, whatever they were called.
+
+        The supervised task is left out: a run keeps the hash that it had when there was no other.
+        """
+        settings = self.model_dump(mode="json", exclude={"task"} if self.task == CLASSIFICATION else None)
+        text = json.dumps(settings, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -164,6 +181,7 @@ class ExperimentConfig(Options):
 
     name: str = Field(pattern=r"^[\w][\w.-]*$", description="names the folder of the runs")
     description: str = Field(default="", description="one or two sentences for the report")
+    task: Component = CLASSIFICATION
     data: Component
     model: Component
     train: TrainConfig = TrainConfig()
@@ -179,7 +197,9 @@ class ExperimentConfig(Options):
         for seed in self.seeds:
             for method in self.methods:
                 component = Component(name=method.name, options=method.options)
-                run = RunConfig(data=self.data, model=self.model, train=self.train, method=component, seed=seed)
+                run = RunConfig(
+                    task=self.task, data=self.data, model=self.model, train=self.train, method=component, seed=seed
+                )
                 yield PlannedRun(self.name, method.label, run)
 
 

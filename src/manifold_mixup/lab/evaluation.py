@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from manifold_mixup.lab import storage
 from manifold_mixup.lab.config import Component, RunConfig
-from manifold_mixup.lab.data import DATASETS, DataInfo, Examples, Pixels, Places, load_data, load_test
+from manifold_mixup.lab.data import DATASETS, DataInfo, DataSplits, Examples, Pixels, Places, load_test
 from manifold_mixup.lab.devices import Devices, make_fabric
 from manifold_mixup.lab.errors import CorruptedFile, LabError, UsageError, nearest
 from manifold_mixup.lab.measures.base import Measure, Subject
@@ -23,6 +23,7 @@ from manifold_mixup.lab.measures.registry import always, get_measure, measure
 from manifold_mixup.lab.parsing import explain
 from manifold_mixup.lab.records import EVALUATIONS
 from manifold_mixup.lab.run import fresh_model
+from manifold_mixup.lab.tasks import make_task
 
 __all__ = ["Evaluation", "Weights", "evaluate_run", "find_runs", "parse_measures"]
 
@@ -123,12 +124,19 @@ def evaluate_run(
     info = _read_info(folder)
     which, state = _read_weights(folder, weights)
     notes = ["the run is not finished: these are the weights of its checkpoint"] if which == "checkpoint" else []
-    parts = _own_parts(run, info, places, notes, needed=data is None)
+    if data is not None and info.nodes:
+        raise UsageError(f"{folder}: a network on a graph is measured on that graph only: leave out --data")
+    splits = _own_splits(run, info, places, notes, needed=data is None)
+    parts = {}
+    if splits is not None:
+        parts = {"train": splits.train, "validation": splits.validation, "test": splits.hand_out_test()}
     if data is not None:
         parts["test"] = _foreign(data, info, by_order, places or Places())
         if seen := _seen(parts):
             notes.append(f"the run was trained or validated on {seen} of these {len(parts['test'])} examples")
     model, hidden = _network(run, info, state, folder)
+    if splits is not None:
+        make_task(run.task).place(model, splits)
     model.to(make_fabric(devices or Devices(), "32-true").device).eval()
     subject = Subject(model, info, parts, hidden, run.seed)
     chosen = list(requests) or always(subject)
@@ -214,20 +222,20 @@ def _read_weights(folder: Path, weights: Weights | None) -> tuple[str, Mapping[s
     return which, {k.removeprefix(prefix): v for k, v in state["average"].items() if k.startswith(prefix)}
 
 
-def _own_parts(
+def _own_splits(
     run: RunConfig, info: DataInfo, places: Places | None, notes: list[str], *, needed: bool
-) -> dict[str, Examples]:
-    """The run's own splits; if they are not at hand and not asked for, none, and a note that says so."""
+) -> DataSplits | None:
+    """The run's own splits; if they are not at hand and not asked for, None, and a note that says so."""
     try:
-        splits = load_data(run.data.name, run.data.options, run.seed, places)
+        splits = make_task(run.task).splits(run.data, run.seed, places)
         if splits.info.fingerprint != info.fingerprint:
             raise UsageError(f"the data {info.name!r} have changed since the run was trained on them")
     except LabError as error:
         if needed:
             raise
         notes.append(f"without the run's own data ({error})")
-        return {}
-    return {"train": splits.train, "validation": splits.validation, "test": splits.hand_out_test()}
+        return None
+    return splits
 
 
 def _seen(parts: Mapping[str, Examples]) -> int:

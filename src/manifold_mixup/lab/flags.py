@@ -56,6 +56,7 @@ __all__ = [
     "ShowOption",
     "StepsOption",
     "StudyArgument",
+    "TaskOption",
     "ThreadsOption",
     "TitleOption",
     "TrainExamplesOption",
@@ -73,6 +74,14 @@ RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the runs; fi
 SeedsOption = Annotated[str | None, typer.Option("--seeds", help="5 is seeds 0 to 4; 3,4 and 100-104 are these.")]
 StepsOption = Annotated[int | None, typer.Option("--steps", help="Optimiser updates.")]
 MethodOption = Annotated[list[str] | None, typer.Option("--method", "-m", help=METHOD_HELP)]
+TaskOption = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        help="What is learned, as name or name:key=value,...: classification, semi_supervised (say with "
+        "--train-examples how many labels there are) or node_classification, which graphs take by themselves.",
+    ),
+]
 DataOption = Annotated[str | None, typer.Option("--data", help="A data set as name or name:key=value,...")]
 ModelOption = Annotated[str | None, typer.Option("--model", help="A network as name or name:key=value,...")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Any other key, such as train.lr=0.01. Repeatable.")]

@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 
 from manifold_mixup.lab.components import parse_component
-from manifold_mixup.lab.config import Component, ExperimentConfig, RunConfig, TrainConfig, slug
+from manifold_mixup.lab.config import CLASSIFICATION, Component, ExperimentConfig, RunConfig, TrainConfig, slug
 from manifold_mixup.lab.data import DataInfo, Places, describe_data, get_dataset
 from manifold_mixup.lab.errors import LabError, RecipeError, UnknownName, nearest
 from manifold_mixup.lab.measures.base import Measure
@@ -22,6 +22,7 @@ from manifold_mixup.lab.measures.registry import get_measure
 from manifold_mixup.lab.methods import get_method, make_method
 from manifold_mixup.lab.models import build_model, get_model, hidden_layers
 from manifold_mixup.lab.options import Options
+from manifold_mixup.lab.tasks import get_task, make_task
 
 __all__ = ["effective_settings", "explain", "parse_config"]
 
@@ -49,6 +50,7 @@ def parse_config(raw: Mapping[str, Any], source: str, places: Places | None = No
     wrong, measures = _check_measures(tree)
     problems += wrong
     problems += _check_fit(tree, known, measures, places)
+    problems += _check_task(tree, known, places)
     if problems or config is None:
         raise RecipeError(source, problems)
     return config
@@ -116,7 +118,7 @@ def _show(value: Any) -> str:
 
 
 def _resolve_options(tree: Mapping[str, Any]) -> tuple[list[str], set[str]]:
-    """Replace the options of data set, network and methods by their full form, in place.
+    """Replace the options of task, data set, network and methods by their full form, in place.
 
     Returns:
         What is wrong, and the key paths of the parts whose names are known.
@@ -124,7 +126,7 @@ def _resolve_options(tree: Mapping[str, Any]) -> tuple[list[str], set[str]]:
     problems: list[str] = []
     known: set[str] = set()
     parts: list[tuple[str, dict[str, Any], str]] = [
-        *((kind, tree[kind], kind) for kind in ("data", "model") if _named(tree.get(kind))),
+        *((kind, tree[kind], kind) for kind in ("task", "data", "model") if _named(tree.get(kind))),
         *((path, method, "method") for path, method in _methods(tree).items()),
     ]
     for path, part, kind in parts:
@@ -152,6 +154,8 @@ def _validate_options(model: type[Options], options: Mapping[str, Any]) -> tuple
 
 
 def _options_model(kind: str, name: str) -> type[Options]:
+    if kind == "task":
+        return get_task(name).Options
     if kind == "data":
         return get_dataset(name).options
     return get_model(name).options if kind == "model" else get_method(name).Options
@@ -238,6 +242,28 @@ def _check_fit(
                 if key not in settable
             ]
             problems += [f"{path}.{problem}" for problem in method.problems(modules, hidden)]
+    return problems
+
+
+def _check_task(tree: Mapping[str, Any], known: set[str], places: Places | None) -> list[str]:
+    """Whether data, network, training and methods are what the task works with."""
+    part = tree.get("task", {"name": CLASSIFICATION.name})
+    if not {"data", "model"} <= known or ("task" in tree and "task" not in known):
+        return []
+    task = make_task(Component(name=part["name"], options=part.get("options", {})))
+    try:
+        train = TrainConfig.model_validate(tree.get("train", {}))
+    except ValidationError:
+        train = None  # its mistakes are reported elsewhere
+    data = Component(name=tree["data"]["name"], options=tree["data"]["options"])
+    try:
+        info = describe_data(data.name, data.options, places)
+    except LabError:
+        return []  # likewise
+    problems = task.problems(data, info, get_model(tree["model"]["name"]), train)
+    for path, method in _methods(tree).items():
+        if path in known and task.name not in (fit := get_method(method["name"]).tasks):
+            problems.append(f"{path}: method {method['name']!r} is for {' and '.join(fit)}, the task is {task.name}")
     return problems
 
 

@@ -41,6 +41,7 @@ class Overrides:
     """What the command line changes in a recipe; None and empty leave it as it is.
 
     Attributes:
+        task: ``name`` or ``name:key=value,...``; with the recipe's own name, the options are changed one by one.
         data: ``name`` or ``name:key=value,...`` (``folder:PATH``, ``hf:NAME``); with the recipe's own name, the options
             are changed one by one.
         model: Likewise (``timm:NAME``).
@@ -57,6 +58,7 @@ class Overrides:
             data set and are left out there. ``none`` alone is no measure.
     """
 
+    task: str | None = None
     data: str | None = None
     model: str | None = None
     methods: Sequence[str] = ()
@@ -153,9 +155,9 @@ def apply_overrides(tree: dict[str, Any], overrides: Overrides) -> None:
     """
     if overrides.keep:
         tree["methods"] = [m for m in tree["methods"] if {m.get("label"), m.get("name")} & set(overrides.keep)]
-    for kind, text in (("data", overrides.data), ("model", overrides.model)):
+    for kind, text in (("task", overrides.task), ("data", overrides.data), ("model", overrides.model)):
         if text is not None:
-            part, old = parse_data(text) if kind == "data" else parse_model(text), tree.get(kind)
+            part, old = _PARTS[kind](text), tree.get(kind)
             if isinstance(old, dict) and old.get("name") == part["name"]:
                 part["options"] = {**old.get("options", {}), **part["options"]}
             elif kind == "data":
@@ -242,6 +244,18 @@ def parse_model(text: str) -> dict[str, Any]:
     return parse_component(text, "--model", _model_value)
 
 
+def parse_task(text: str) -> dict[str, Any]:
+    """Read ``--task``.
+
+    Raises:
+        UsageError: It does not read like a task with options.
+    """
+    return parse_component(text, "--task")
+
+
+_PARTS = {"task": parse_task, "data": parse_data, "model": parse_model}
+
+
 def parse_seeds(text: str) -> list[int]:
     """Read ``5`` (five seeds: 0 to 4), ``3,4`` (these), ``7,`` (this one) or ``100-104`` (a range).
 
@@ -275,15 +289,25 @@ IMAGES: dict[str, Any] = {
         "precision": "bf16-mixed",
     },
 }
+GRAPH: dict[str, Any] = {
+    "task": {"name": "node_classification"},
+    "model": {"name": "gcn"},
+    "train": {"steps": 2000, "batch_size": "full", "lr": 0.01, "weight_decay": 5e-4, "eval_every": 1},
+}
 OTHER: dict[str, Any] = {"model": {"name": "mlp"}}
-METHODS = ("none", "input_mixup", "manifold_mixup")
+METHODS: dict[str, tuple[str, ...]] = {
+    "classification": ("none", "input_mixup", "manifold_mixup"),
+    "semi_supervised": ("none", "manifold_mixup", "consistency", "ict"),
+    "node_classification": ("none", "graphmix"),
+}
 
 
 def without_recipe(overrides: Overrides, *, name: str | None = None, places: Places | None = None) -> ExperimentConfig:
-    """An experiment from the command line alone: digits, three methods and three seeds unless told otherwise.
+    """An experiment from the command line alone: digits, the usual methods and three seeds unless told otherwise.
 
-    Images are trained with SGD and one cycle of the learning rate in bfloat16, on a PreActResNet18; anything else with
-    the defaults of :class:`~manifold_mixup.lab.config.TrainConfig`, on an MLP.
+    Images are trained with SGD and one cycle of the learning rate in bfloat16, on a PreActResNet18; graphs as Kipf and
+    Welling (2017, arXiv 1609.02907) do, on their network; anything else with the defaults of
+    :class:`~manifold_mixup.lab.config.TrainConfig`, on an MLP.
 
     Args:
         overrides: What the command line says.
@@ -293,10 +317,11 @@ def without_recipe(overrides: Overrides, *, name: str | None = None, places: Pla
     Raises:
         RecipeError: With all mistakes at once.
     """
-    images = _are_images(parse_data(overrides.data or "digits"), places)
-    tree = copy.deepcopy({"data": {"name": "digits"}, "seeds": [0, 1, 2], **(IMAGES if images else OTHER)})
-    tree["methods"] = [{"name": method} for method in METHODS]
+    defaults = _defaults(parse_data(overrides.data or "digits"), places)
+    tree = copy.deepcopy({"data": {"name": "digits"}, "seeds": [0, 1, 2], **defaults})
     apply_overrides(tree, overrides)
+    usual = METHODS.get(tree.get("task", {"name": "classification"})["name"], ())
+    tree.setdefault("methods", [{"name": method} for method in usual])
     if name is None:
         parts = [*(Path(str(v)).stem for v in _values(tree["data"])), *map(str, _values(tree["model"]))]
         name = "-".join([tree["data"]["name"], tree["model"]["name"], *parts])
@@ -304,15 +329,17 @@ def without_recipe(overrides: Overrides, *, name: str | None = None, places: Pla
     return parse_config(tree, "command line", places)
 
 
-def _are_images(data: Mapping[str, Any], places: Places | None) -> bool:
-    """Whether data are images; what is wrong with them is for the validation to say."""
+def _defaults(data: Mapping[str, Any], places: Places | None) -> dict[str, Any]:
+    """Network and training for such data; what is wrong with them is for the validation to say."""
     if data["name"] not in DATASETS:
-        return False
+        return OTHER
     info = DATASETS[data["name"]].info
     if not info.shape:  # only the data themselves can say
         with contextlib.suppress(LabError, ValidationError):
             info = describe_data(data["name"], data["options"], places)
-    return info.pixels is not None
+    if info.nodes:
+        return GRAPH
+    return OTHER if info.pixels is None else IMAGES
 
 
 def _values(part: Mapping[str, Any]) -> list[Any]:

@@ -6,7 +6,7 @@
 * ``log.jsonl``: one line per look at the validation split;
 * ``log.csv``, ``tensorboard/``: the same lines, for whoever asked for them with ``--logger``;
 * ``checkpoint/``: from which an interrupted run goes on;
-* ``model.safetensors``, ``best.safetensors``: the last weights, and those with the lowest validation NLL;
+* ``model.safetensors``, ``best.safetensors``: the last weights, and those that were best on validation data;
 * ``data.json``: what the network reads: shape, classes, normalisation;
 * ``evaluations.jsonl``: what ``manifold-mixup evaluate`` has measured, one line each time;
 * ``.lock``: held by the process that is at work on the run;
@@ -46,15 +46,16 @@ EVALUATIONS = "evaluations.jsonl"
 class Record(BaseModel):
     """One finished run.
 
-    ``metrics`` are those of the last weights, ``best`` those of the weights with the lowest validation NLL, under the
-    same names; without a validation split ``best`` is empty. Errors, accuracies and calibration errors are percentages,
-    likelihoods are nats.
+    ``metrics`` are those of the last weights, ``best`` those of the weights that did best on the validation split
+    (``train["best_by"]`` says in what), under the same names; without a validation split ``best`` is empty. Errors,
+    accuracies and calibration errors are percentages, likelihoods are nats.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=())
 
     schema_version: Literal[1] = Field(default=1, alias="schema")
     experiment: str
+    task: str = "classification"
     data: str
     model: str
     method: str
@@ -85,6 +86,7 @@ class Record(BaseModel):
         """The part that ``--json`` prints."""
         names = (
             "experiment",
+            "task",
             "data",
             "model",
             "method",
@@ -233,7 +235,7 @@ class RunFolder:
             storage.write_tensors(self.path / "details.safetensors", details)
 
     def write_model(self, last: Mapping[str, Tensor], best: Mapping[str, Tensor] | None) -> None:
-        """Keep the last weights and those with the lowest validation NLL."""
+        """Keep the last weights and those that were best on validation data."""
         storage.write_tensors(self.path / "model.safetensors", last)
         if best is not None:
             storage.write_tensors(self.path / "best.safetensors", best)

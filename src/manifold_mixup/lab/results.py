@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -20,7 +20,19 @@ from manifold_mixup.lab import storage
 from manifold_mixup.lab.errors import CorruptedFile, StorageError
 from manifold_mixup.lab.records import EVALUATIONS, Record, find_records
 
-__all__ = ["Result", "by_seed", "measured_with", "public_command", "read_folder", "read_lines", "write_lines"]
+__all__ = [
+    "Result",
+    "Weights",
+    "by_seed",
+    "measured_with",
+    "public_command",
+    "read_folder",
+    "read_lines",
+    "write_lines",
+]
+
+Weights = Literal["last", "best"]
+"""The last weights of a run, or those that did best on its validation split."""
 
 _NUMBERS = TypeAdapter(dict[str, float | None])
 _MEASURES = TypeAdapter(dict[str, dict[str, Any]])
@@ -40,18 +52,18 @@ class Result:
     measured: Mapping[str, float | None]
     measures: Mapping[str, Mapping[str, Any]]
 
-    def value(self, name: str) -> float | None:
-        """A number of the last weights; NaN if it was not finite, None if it was never measured."""
-        for numbers in (self.record.metrics, self.measured):
+    def value(self, name: str, weights: Weights = "last") -> float | None:
+        """A number of the last or the best weights; NaN if it was not finite, None if it was never measured."""
+        for numbers in (self.record.metrics, self.measured) if weights == "last" else (self.record.best,):
             if name in numbers:
                 value = numbers[name]
                 return math.nan if value is None else value
         return None
 
 
-def by_seed(results: Iterable[Result], label: str, metric: str) -> dict[int, float]:
+def by_seed(results: Iterable[Result], label: str, metric: str, weights: Weights = "last") -> dict[int, float]:
     """Seed to number of one method."""
-    found = {r.record.seed: r.value(metric) for r in results if r.record.label == label}
+    found = {r.record.seed: r.value(metric, weights) for r in results if r.record.label == label}
     return {seed: value for seed, value in sorted(found.items()) if value is not None}
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from manifold_mixup.lab import streams
 from manifold_mixup.lab.config import RunConfig, TrainConfig
-from manifold_mixup.lab.data import DataInfo, DataSplits, Places, get_dataset, load_data
+from manifold_mixup.lab.data import DataInfo, DataSplits, Places, get_dataset
 from manifold_mixup.lab.devices import Devices, make_fabric
 from manifold_mixup.lab.measures.base import Subject
 from manifold_mixup.lab.measures.details import details
@@ -29,6 +29,7 @@ from manifold_mixup.lab.methods import make_method
 from manifold_mixup.lab.models import build_model, hidden_layers
 from manifold_mixup.lab.parsing import effective_settings
 from manifold_mixup.lab.records import Record, RunFolder
+from manifold_mixup.lab.tasks import make_task
 from manifold_mixup.lab.training import Fitted, Hooks, fit
 
 __all__ = ["execute", "fresh_model", "hardware", "versions"]
@@ -98,12 +99,14 @@ def fresh_model(run: RunConfig, info: DataInfo) -> tuple[nn.Module, list[str]]:
 def _execute(folder: RunFolder, hooks: Hooks, command: str, places: Places, devices: Devices) -> Record:
     run = folder.run.config
     _commit()  # now, for files may change while the run goes on
-    splits = load_data(run.data.name, run.data.options, run.seed, places)
+    task = make_task(run.task)
+    splits = task.splits(run.data, run.seed, places)
     model_options, settings = effective_settings(run)
     fabric = make_fabric(devices, settings.precision)
     if fabric.is_global_zero:
         folder.note_data(splits.info)
     model, hidden = fresh_model(run, splits.info)
+    task.place(model, splits)
     fitted = _fit(folder, model, hidden, splits, settings, hooks, fabric)
     if not fabric.is_global_zero:
         fabric.barrier("measured")
@@ -122,6 +125,7 @@ def _execute(folder: RunFolder, hooks: Hooks, command: str, places: Places, devi
     folder.write_details(details(last))
     record = Record(
         experiment=folder.run.experiment,
+        task=run.task.name,
         data=run.data.name,
         model=run.model.name,
         method=run.method.name,
@@ -170,6 +174,8 @@ def _fit(
         hooks=hooks,
         pixels=splits.info.pixels,
         fabric=fabric,
+        unlabelled=splits.unlabelled,
+        choose=make_task(run.task).choose,
     )
 
 
@@ -203,6 +209,7 @@ def versions() -> dict[str, str]:
         "torchmetrics",
         "timm",
         "torchvision",
+        "torch-geometric",
     )
     found = {"python": platform.python_version()}
     for name in names:

@@ -63,9 +63,9 @@ def panel_grid(panel: Panel, results: Iterable[Result], scale: Scale, notes: Seq
     any_known, first = any(known), panel.rows[0]
 
     def cells(row: Row, column: Column, published: bool) -> list[str]:
-        values = by_seed(results, row.label, column.metric)
+        values = by_seed(results, row.label, column.metric, column.weights)
         if column.relative:
-            base = by_seed(results, first.label, column.metric)
+            base = by_seed(results, first.label, column.metric, column.weights)
             values = {seed: value / base[seed] for seed, value in values.items() if base.get(seed)}
         ours = measured_text(values, column)
         if not published:
@@ -130,11 +130,11 @@ def verdicts(panel: Panel, results: Iterable[Result]) -> list[Verdict]:
     found = []
     for claim in panel.claims:
         for metric in claim.metrics:
-            column = panel.column(metric)
+            column = panel.column(metric, claim.weights)
             words = "lower" if column.lower_is_better else "higher"
-            name = column.title or describe(metric).title
+            name = (column.title or describe(metric).title) + column.suffix  # differences are of what is recorded
             text = f"{panel.title}, {name}: {claim.better} is {words} than {claim.than}"
-            better, than = by_seed(results, claim.better, metric), by_seed(results, claim.than, metric)
+            better, than = (by_seed(results, label, metric, claim.weights) for label in (claim.better, claim.than))
             digits = describe(metric).digits
             found.append(judge(text, better, than, lower_is_better=column.lower_is_better, digits=digits))
     return found

@@ -18,6 +18,7 @@ from manifold_mixup.lab.measures.catalog import describe
 from manifold_mixup.lab.options import Options
 from manifold_mixup.lab.parsing import explain
 from manifold_mixup.lab.published import Published, find_published
+from manifold_mixup.lab.results import Weights
 
 __all__ = ["SCALES", "STUDIES", "Claim", "Column", "Panel", "Row", "Scale", "Study", "load_study", "study_files"]
 
@@ -39,6 +40,12 @@ class Column(Options):
     complement: bool = Field(default=False, description="show 100 minus ours: accuracy where we record an error")
     relative: bool = Field(default=False, description="show the ratio to the panel's first row, seed by seed")
     title: str | None = Field(default=None, description="its name in the table; unset: what the measure calls it")
+    weights: Weights = Field(default="last", description="of the last weights, or of those best on validation data")
+
+    @property
+    def suffix(self) -> str:
+        """What its name says of the weights; nothing of the last ones."""
+        return "" if self.weights == "last" else ", best on validation"
 
     @property
     def lower_is_better(self) -> bool:
@@ -49,10 +56,12 @@ class Column(Options):
     def heading(self) -> str:
         """Its name with its unit."""
         metric = describe(self.metric)
+        title = self.title or metric.title
         if self.relative:
-            return f"{self.title or metric.title}, ratio to the first row"
-        title = self.title or (metric.title.replace("error", "accuracy") if self.complement else metric.title)
-        return f"{title} ({metric.unit})" if metric.unit else title
+            return f"{title}{self.suffix}, ratio to the first row"
+        if self.complement and not self.title:
+            title = title.replace("error", "accuracy")
+        return f"{title}{self.suffix} ({metric.unit})" if metric.unit else f"{title}{self.suffix}"
 
 
 class Row(Options):
@@ -68,6 +77,7 @@ class Claim(Options):
     better: str = Field(description="label of the method that is claimed to be better")
     than: str = Field(description="label of the other")
     metrics: list[str] = Field(min_length=1, description="in which numbers; each is a claim of its own")
+    weights: Weights = Field(default="last", description="of the last weights, or of those best on validation data")
 
 
 class Panel(Options):
@@ -91,9 +101,16 @@ class Panel(Options):
             return None
         return find_published({**self.published, **row.published, "metric": column.published})
 
-    def column(self, metric: str) -> Column:
-        """The column of a number of ours."""
-        return next(column for column in self.columns if column.metric == metric and not column.relative)
+    def column(self, metric: str, weights: Weights = "last") -> Column:
+        """The column of a number of ours.
+
+        Raises:
+            KeyError: There is none.
+        """
+        for column in self.columns:
+            if (column.metric, column.weights, column.relative) == (metric, weights, False):
+                return column
+        raise KeyError(metric)
 
     def twins(self) -> Iterator[Published]:
         """All published numbers of the panel."""
@@ -150,12 +167,16 @@ def _mistakes(study: Study) -> Iterator[str]:
     """Rows and columns that claims name and the panel lacks, and published numbers that are asked for in vain."""
     for i, panel in enumerate(study.panels):
         labels = [row.label for row in panel.rows]
-        metrics = [column.metric for column in panel.columns]
+        metrics = [(column.metric, column.weights) for column in panel.columns]
         for claim in panel.claims:
             for label in (claim.better, claim.than):
                 if label not in labels:
                     yield f"panels.{i}.claims: no row is labelled {label!r}"
-            yield from (f"panels.{i}.claims: no column shows {m!r}" for m in claim.metrics if m not in metrics)
+            yield from (
+                f"panels.{i}.claims: no column shows {m!r} of the {claim.weights} weights"
+                for m in claim.metrics
+                if (m, claim.weights) not in metrics
+            )
         for row in panel.rows:
             if row.published is not None and not any(panel.twin(row, column) for column in panel.columns):
                 yield f"panels.{i}.rows: no published number has {row.published} of {row.label!r}"

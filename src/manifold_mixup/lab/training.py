@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manifold_mixup.lab import loggers, storage, streams
-from manifold_mixup.lab.augmentation import Augmentation
-from manifold_mixup.lab.batches import Batches
 from manifold_mixup.lab.config import TrainConfig
 from manifold_mixup.lab.cost import Meter
 from manifold_mixup.lab.criterion import make_criterion
-from manifold_mixup.lab.data import Examples, Pixels
+from manifold_mixup.lab.data import Examples, Pixels, Unlabelled
 from manifold_mixup.lab.devices import Devices, gather, make_fabric
 from manifold_mixup.lab.errors import ConfigMismatch, CorruptedFile, Diverged, Interrupted, UsageError
+from manifold_mixup.lab.feed import Feed
+from manifold_mixup.lab.hooks import Hooks
 from manifold_mixup.lab.measures.inference import predicted_logits
-from manifold_mixup.lab.methods import Method
+from manifold_mixup.lab.methods.base import Batch, Method, StepMethod
 from manifold_mixup.lab.optim import lay_out_like_parameters, make_average, make_optimizer, make_schedule
+from manifold_mixup.lab.selection import Best, Choice
 
 __all__ = ["Fitted", "Hooks", "fit"]
 
@@ -41,33 +42,12 @@ AGREE = 10  # steps between two agreements of several processes on whether to st
 
 
 @dataclass(frozen=True)
-class Hooks:
-    """How a run talks to whoever started it. Nothing here has an influence on the numbers.
-
-    Attributes:
-        stop: Asked before every step; True makes the run leave a checkpoint and end with ``Interrupted``.
-        progress: Told the number of finished steps.
-        sizes: Told the number of all steps and the examples of a step, once they are known.
-        checkpoint_seconds: Longest time between two checkpoints; where writing one takes long it may become a minute.
-        checkpoint_steps: Steps between two checkpoints, in addition, or None.
-        loggers: Are given the log, too.
-    """
-
-    stop: Callable[[], bool] = lambda: False
-    progress: Callable[[int], None] = lambda step: None
-    sizes: Callable[[int, int], None] = lambda steps, batch: None
-    checkpoint_seconds: float = 15.0
-    checkpoint_steps: int | None = None
-    loggers: Sequence[loggers.Logger] = ()
-
-
-@dataclass(frozen=True)
 class Fitted:
     """What the loop hands on.
 
     Attributes:
-        last: The last weights; with ``train.ema`` their average.
-        best: The weights with the lowest validation NLL, or None without a validation split.
+        last: The last weights; with ``train.ema`` their average; a teacher's, if the method has one.
+        best: The weights that were best on the validation split, or None without one.
         facts: What the record says about the training.
     """
 
@@ -90,6 +70,8 @@ def fit(
     hooks: Hooks,
     pixels: Pixels | None = None,
     fabric: Fabric | None = None,
+    unlabelled: Unlabelled | None = None,
+    choose: Choice = "validation_nll",
 ) -> Fitted:
     """Train a network in place, from its checkpoint if there is one.
 
@@ -106,6 +88,8 @@ def fit(
         hooks: Stopping, progress and the pace of checkpoints.
         pixels: How uint8 images are varied and normalised; None for examples that are read as they are.
         fabric: The devices; None takes one, the best there is.
+        unlabelled: Further examples, for methods that look at them.
+        choose: Which weights are the best ones.
 
     Raises:
         Interrupted: ``hooks.stop`` said so; a checkpoint was written.
@@ -113,16 +97,19 @@ def fit(
         ConfigMismatch: The checkpoint belongs to another configuration.
         Diverged: The loss is no longer a number; the last checkpoint is from before that.
         StorageError: The folder cannot be written.
-        UsageError: A batch is larger than the training split, or cannot be divided among the devices.
+        UsageError: A batch is larger than the training split, or cannot be divided among the devices; or the method
+            trains on one device only.
     """
     fabric = fabric or make_fabric(Devices(), settings.precision)
     try:
-        loop = _Loop(model, method, train, validation, settings, hidden, seed, folder, config_hash, pixels, fabric)
+        where = (folder, config_hash)
+        loop = _Loop(model, method, train, validation, settings, hidden, seed, where, pixels, fabric, unlabelled)
+        loop.best = Best(choose)
         loop.resume()
         loop.run(hooks)
     finally:
         method.detach()
-    return Fitted(loop.weights(), loop.best_weights or None, loop.facts())
+    return Fitted(loop.weights(), loop.best.weights or None, loop.facts())
 
 
 class _Loop:
@@ -137,25 +124,21 @@ class _Loop:
         settings: TrainConfig,
         hidden: Sequence[str],
         seed: int,
-        folder: Path,
-        config_hash: str,
+        where: tuple[Path, str],
         pixels: Pixels | None,
         fabric: Fabric,
+        unlabelled: Unlabelled | None,
     ) -> None:
         self.fabric, device = fabric, fabric.device
         self.meter = Meter(device)
         self.model, self.method, self.settings, self.pixels = model.to(device), method, settings, pixels
-        self.train = Examples(train.x.to(device), train.y.to(device))
+        self.labels = train.y.to(device)
         self.validation = Examples(validation.x.to(device), validation.y.to(device))
-        self.log, self.checkpoint, self.config_hash = folder / "log.jsonl", folder / "checkpoint", config_hash
-        self.batches = Batches(len(train), settings.batch_size, seed)
-        if self.batches.size % fabric.world_size:
-            raise UsageError(
-                f"train.batch_size {self.batches.size} cannot be divided among {fabric.world_size} devices"
-            )
-        self.augmentation = None if pixels is None else Augmentation(pixels, self.train.x, seed)
+        folder, self.config_hash = where
+        self.log, self.checkpoint = folder / "log.jsonl", folder / "checkpoint"
+        self.feed = Feed(train.x, settings.batch_size, seed, fabric, pixels)
+        self.unlabelled = self.second_feed(unlabelled, seed)
         if pixels is not None:
-            self.train = Examples(self.train.x[:0], self.train.y)  # the augmentation holds the images
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = make_average(model, settings)
         rank = fabric.global_rank
@@ -166,6 +149,12 @@ class _Loop:
         self.companion = method.companion()
         if self.companion is not None:
             self.companion.to(device)
+        teacher = method.teacher()
+        self.measured = model if teacher is None else teacher
+        if self.average is not None:
+            if teacher is not None:
+                raise UsageError(f"method {method.name!r} has a teacher, an average of its own: leave train.ema unset")
+            self.measured = self.average.module
         beside = [] if self.companion is None else list(self.companion.parameters())
         self.optimizer = make_optimizer([*model.parameters(), *beside], settings)
         self.per_epoch = settings.steps_per_epoch(len(train))
@@ -177,8 +166,7 @@ class _Loop:
         self.step = 0
         self.losses: list[Tensor] = []  # of the steps since the last look at them
         self.loss_sum, self.loss_count = 0.0, 0
-        self.best: dict[str, Any] = {}
-        self.best_weights: dict[str, Tensor] = {}
+        self.best = Best("validation_nll")
         self.last_line: dict[str, Any] = {}
         self.loggers: Sequence[loggers.Logger] = ()
         self.seconds = 0.0
@@ -191,7 +179,7 @@ class _Loop:
         self.loggers = hooks.loggers if self.fabric.is_global_zero else ()
         for logger in self.loggers:
             logger.resume(loggers.read(self.log))
-        hooks.sizes(self.steps, self.batches.size)
+        hooks.sizes(self.steps, self.feed.batches.size)
         hooks.progress(self.step)
         every = self.settings.eval_every or self.per_epoch
         while self.step < self.steps:
@@ -219,21 +207,29 @@ class _Loop:
         said = self.fabric.broadcast([stop, due])
         return bool(said[0]), bool(said[1])
 
-    def next_batch(self) -> tuple[Tensor, Tensor]:
-        """Inputs and labels for this device, which sees its share of a batch that is the same on however many."""
-        rank, world = self.fabric.global_rank, self.fabric.world_size
-        rows = self.send(self.batches.draw().view(world, -1)[rank])
-        if self.augmentation is None:
-            return self.train.x[rows], self.train.y[rows]
-        draws = self.send(self.augmentation.draw(self.batches.size).view(3, world, -1)[:, rank])
-        return self.augmentation.batch(rows, draws), self.train.y[rows]
+    def second_feed(self, unlabelled: Unlabelled | None, seed: int) -> Feed | None:
+        """Batches of unlabelled examples, for a method that looks at them."""
+        if not isinstance(self.method, StepMethod):
+            return None
+        if self.fabric.world_size > 1:
+            raise UsageError(f"method {self.method.name!r} trains on one device, not on {self.fabric.world_size}")
+        if unlabelled is None:
+            return None
+        size, again = unlabelled.batch_size, unlabelled.replacement
+        return Feed(unlabelled.x, size, seed, self.fabric, self.pixels, stream="/unlabelled", replacement=again)
 
-    def send(self, drawn: Tensor) -> Tensor:
-        """Numbers that were drawn on the CPU, on the device, without waiting for it."""
-        device = self.fabric.device
-        if device.type == "cuda":
-            return drawn.contiguous().pin_memory().to(device, non_blocking=True)
-        return drawn.to(device)
+    def loss(self) -> Tensor:
+        """The loss of the next batch."""
+        if isinstance(self.method, StepMethod):
+            with self.fabric.autocast():
+                rows, x = self.feed.draw()
+                more = None if self.unlabelled is None else self.unlabelled.draw()[1]
+                batch = Batch(x, self.labels[rows], more, self.step, self.steps)
+                return self.method.step(self.forward, self.criterion, batch)
+        with self.fabric.autocast():  # a method may have a network of its own
+            rows, x = self.feed.draw()
+            x, y = self.transform(x, self.labels[rows])
+        return self.method.loss(self.criterion, self.forward(x), y)
 
     def update(self) -> None:
         """One step of the optimiser."""
@@ -241,15 +237,14 @@ class _Loop:
             self.model.train()
         if not self.losses:
             self.meter.begin()
-        with self.fabric.autocast():  # a method may have a network of its own
-            x, y = self.transform(*self.next_batch())
         self.stepper.zero_grad()
-        loss = self.method.loss(self.criterion, self.forward(x), y)
+        loss = self.loss()
         self.fabric.backward(loss)
         self.stepper.step()
         self.schedule.step()
         if self.average is not None:
             self.average.update_parameters(self.model)
+        self.method.after_step()
         self.step += 1
         self.losses.append(loss.detach())
         if self.fabric.device.type == "cpu" or len(self.losses) >= LOOK:
@@ -295,9 +290,7 @@ class _Loop:
             if not math.isfinite(nll):
                 raise self.diverged(f"the validation NLL is {nll} at step {self.step}")
             self.last_line |= {"validation_error": error, "validation_nll": nll}
-            if not self.best or nll < self.best["validation_nll"]:
-                self.best = {"step": self.step, "validation_error": error, "validation_nll": nll}
-                self.best_weights = self.weights()
+            self.best.consider(self.step, error, nll, self.weights)
         if self.fabric.is_global_zero:
             storage.append(self.log, json.dumps(self.last_line) + "\n")
         for logger in self.loggers:
@@ -305,17 +298,15 @@ class _Loop:
 
     def evaluate(self) -> tuple[float, float]:
         """Error in percent and mean NLL in nats on the validation split, in the precision of the training."""
-        model = self.model if self.average is None else self.average
         prepare = None if self.pixels is None else self.pixels.normalise
         with self.fabric.autocast():
-            logits = predicted_logits(model, self.validation.x, prepare=prepare)
+            logits = predicted_logits(self.measured, self.validation.x, prepare=prepare)
         y = self.validation.y.cpu()
         return 100 * (logits.argmax(1) != y).double().mean().item(), F.cross_entropy(logits, y).item()
 
     def weights(self) -> dict[str, Tensor]:
-        """A copy of what is measured: the weights, or their average."""
-        measured = self.model if self.average is None else self.average.module
-        return {name: value.detach().clone() for name, value in measured.state_dict().items()}
+        """A copy of what is measured: the weights, their average, or the teacher's."""
+        return {name: value.detach().clone() for name, value in self.measured.state_dict().items()}
 
     def save(self) -> None:
         """Write a checkpoint, unless what it would hold has diverged."""
@@ -333,15 +324,14 @@ class _Loop:
             "seconds": self.seconds,
             "loss": [self.loss_sum, self.loss_count],
             "last_line": self.last_line,
-            "best": self.best,
-            "best_weights": self.best_weights,
+            **self.best.state_dict(),
             "model": self.model.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "companion": None if self.companion is None else self.companion.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "batches": self.batches.state_dict(),
-            "augmentation": None if self.augmentation is None else self.augmentation.state_dict(),
+            **self.feed.state_dict(),
+            "unlabelled": None if self.unlabelled is None else self.unlabelled.state_dict(),
             "own": own,
         }
         storage.save_state(self.checkpoint, state, self.step)
@@ -375,24 +365,27 @@ class _Loop:
         self.optimizer.load_state_dict(state["optimizer"])
         lay_out_like_parameters(self.optimizer)
         self.schedule.load_state_dict(state["schedule"])
-        self.batches.load_state_dict(state["batches"])
-        if self.augmentation is not None:
-            self.augmentation.load_state_dict(state["augmentation"])
+        self.feed.load_state_dict(state)
+        if self.unlabelled is not None:
+            self.unlabelled.load_state_dict(state["unlabelled"])
         own = state["own"][self.fabric.global_rank]
         self.method.load_state_dict(own["method"])
         storage.restore_torch_rng(own["torch"])
         self.step, self.seconds = state["step"], state["seconds"]
         self.loss_sum, self.loss_count = state["loss"]
-        self.best, self.best_weights, self.last_line = state["best"], state["best_weights"], state["last_line"]
+        self.best.load_state_dict(state)
+        self.last_line = state["last_line"]
 
     def facts(self) -> dict[str, Any]:
         """What the record says about the training."""
+        batches = self.feed.batches
         return {
             "steps": self.step,
-            "examples": self.batches.examples,
-            "epochs": self.step * self.batches.size / self.batches.examples,
+            "examples": batches.examples,
+            **({} if self.unlabelled is None else {"unlabelled": self.unlabelled.batches.examples}),
+            "epochs": self.step * batches.size / batches.examples,
             "loss": self.last_line.get("train_loss"),
-            **({"best_step": self.best["step"], "best_by": "validation_nll"} if self.best else {}),
+            **self.best.facts(),
             "processes": self.fabric.world_size,
             "seconds": round(self.seconds, 3),
             **self.meter.facts(),

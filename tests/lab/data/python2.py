@@ -1,12 +1,16 @@
-"""Writes pickles as Python 2's cPickle wrote the CIFAR files: protocol 2, strings of bytes, numpy's old module."""
+"""Writes pickles as Python 2's cPickle wrote the files of CIFAR and Planetoid.
+
+Protocol 2, strings of bytes, the old modules of numpy and scipy.
+"""
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
+from scipy.sparse import csr_matrix
 
 
 class _Writer:
@@ -52,15 +56,41 @@ class _Writer:
         content = value.tobytes()
         self.out += b"T" + struct.pack("<i", len(content)) + content + b"tb"
 
+    def items(self, value: dict[Any, Any]) -> None:
+        self.out += b"("
+        for key, item in value.items():
+            self.write(key)
+            self.write(item)
+        self.out += b"u"
+
+    def matrix(self, value: csr_matrix) -> None:
+        self.out += b"cscipy.sparse.csr\ncsr_matrix\n"
+        self.memo()
+        self.out += b")\x81"
+        self.memo()
+        state = {"format": "csr", "_shape": value.shape, "maxprint": 50}
+        self.write(state | {key: getattr(value, key) for key in ("indptr", "indices", "data")})
+        self.out += b"b"
+
     def write(self, value: Any) -> None:
-        if isinstance(value, dict):
+        if isinstance(value, csr_matrix):
+            self.matrix(value)
+        elif isinstance(value, tuple):
+            for item in value:
+                self.write(item)
+            self.out += {1: b"\x85", 2: b"\x86", 3: b"\x87"}[len(value)]
+        elif isinstance(value, defaultdict):
+            self.out += b"ccollections\ndefaultdict\n"
+            self.memo()
+            self.out += b"c__builtin__\nlist\n"
+            self.memo()
+            self.out += b"\x85R"
+            self.memo()
+            self.items(value)
+        elif isinstance(value, dict):
             self.out += b"}"
             self.memo()
-            self.out += b"("
-            for key, item in value.items():
-                self.string(key.encode())
-                self.write(item)
-            self.out += b"u"
+            self.items(value)
         elif isinstance(value, list):
             self.out += b"]"
             self.memo()
@@ -77,8 +107,8 @@ class _Writer:
             self.string(value.encode() if isinstance(value, str) else value)
 
 
-def dumps(value: Mapping[str, Any]) -> bytes:
-    """The pickle of a dictionary of numbers, strings, lists and arrays."""
+def dumps(value: Any) -> bytes:
+    """The pickle of a dictionary of numbers, strings, lists, arrays and sparse matrices, or of one of these."""
     writer = _Writer()
-    writer.write(dict(value))
+    writer.write(value)
     return bytes(writer.out) + b"."

@@ -250,6 +250,15 @@ def test_a_wrong_sha256_is_refused_where_the_md5_is_right(tmp_path):
 
 
 @pytest.mark.parametrize("check", [verify, read_verified])
+def test_a_file_may_be_known_by_its_sha256_alone(tmp_path, check):
+    path = tmp_path / NAME
+    path.write_bytes(CONTENT)
+    check(path, PublishedFile(NAME, sha256=hashlib.sha256(CONTENT).hexdigest()))
+    with pytest.raises(CorruptedFile, match=f"its sha256 is .*, not {'0' * 64}"):
+        check(path, PublishedFile(NAME, sha256="0" * 64))
+
+
+@pytest.mark.parametrize("check", [verify, read_verified])
 def test_a_file_that_cannot_be_read_is_named(tmp_path, check):
     with pytest.raises(StorageError, match=f"cannot read .*{NAME}"):
         check(tmp_path / NAME, published())

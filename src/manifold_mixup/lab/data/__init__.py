@@ -5,8 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from manifold_mixup.lab.data import cifar, digits, folder, hub, mnist, spiral, svhn, tiny_imagenet
-from manifold_mixup.lab.data.base import DataInfo, Dataset, DataSplits, Examples, Pixels, Places, Report
+from manifold_mixup.lab.data import (
+    cifar,
+    digits,
+    folder,
+    gnn_benchmark,
+    hub,
+    mnist,
+    planetoid,
+    spiral,
+    svhn,
+    tiny_imagenet,
+)
+from manifold_mixup.lab.data.base import (
+    DataInfo,
+    Dataset,
+    DataSplits,
+    Examples,
+    Graph,
+    Pixels,
+    Places,
+    Report,
+    Unlabelled,
+)
 from manifold_mixup.lab.errors import UnknownName
 
 __all__ = [
@@ -15,9 +36,11 @@ __all__ = [
     "DataSplits",
     "Dataset",
     "Examples",
+    "Graph",
     "Pixels",
     "Places",
     "Report",
+    "Unlabelled",
     "describe_data",
     "get_dataset",
     "load_data",
@@ -37,6 +60,11 @@ DATASETS: dict[str, Dataset] = {
         cifar.CIFAR10_1,
         svhn.DATASET,
         tiny_imagenet.DATASET,
+        planetoid.CORA,
+        planetoid.CITESEER,
+        planetoid.PUBMED,
+        gnn_benchmark.COAUTHOR_CS,
+        gnn_benchmark.AMAZON_PHOTO,
         folder.DATASET,
         hub.DATASET,
     )

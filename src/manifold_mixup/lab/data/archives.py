@@ -45,7 +45,7 @@ class PublishedFile:
 
     Attributes:
         name: Its name.
-        md5: The md5 of its bytes.
+        md5: The md5 of its bytes; empty if ``sha256`` is what identifies it.
         urls: Where to fetch it, in the order in which they are tried.
         sha256: The sha256 of its bytes, where it is known; then it is checked too.
         unpacked_md5: For a file that was published with gzip: the md5 of what is inside. The same content may then lie
@@ -54,7 +54,7 @@ class PublishedFile:
     """
 
     name: str
-    md5: str
+    md5: str = ""
     urls: tuple[str, ...] = ()
     sha256: str = ""
     unpacked_md5: str = ""
@@ -108,7 +108,8 @@ def verify(path: Path, file: PublishedFile, report: Report = silent) -> None:
                 report(f"check {file.name}", done, total)
     except OSError as error:
         raise StorageError(path, error, "read") from error
-    _compare(path, "md5", file.md5, md5.hexdigest())
+    if file.md5:
+        _compare(path, "md5", file.md5, md5.hexdigest())
     if file.sha256:
         _compare(path, "sha256", file.sha256, sha256.hexdigest())
 
@@ -128,7 +129,8 @@ def read_verified(path: Path, file: PublishedFile) -> bytes:
     except OSError as error:
         raise StorageError(path, error, "read") from error
     if not file.unpacked_md5:
-        _compare(path, "md5", file.md5, hashlib.md5(content, usedforsecurity=False).hexdigest())
+        kind, expected = ("md5", file.md5) if file.md5 else ("sha256", file.sha256)
+        _compare(path, kind, expected, hashlib.new(kind, content, usedforsecurity=False).hexdigest())
         return content
     if content.startswith(GZIP):
         try:

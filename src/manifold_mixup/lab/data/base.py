@@ -14,7 +14,18 @@ from torch import Tensor
 from manifold_mixup.lab.errors import TestDataTaken
 from manifold_mixup.lab.options import Options
 
-__all__ = ["DataInfo", "DataSplits", "Dataset", "Examples", "Pixels", "Places", "Report", "default_cache"]
+__all__ = [
+    "DataInfo",
+    "DataSplits",
+    "Dataset",
+    "Examples",
+    "Graph",
+    "Pixels",
+    "Places",
+    "Report",
+    "Unlabelled",
+    "default_cache",
+]
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,8 @@ class DataInfo:
         fingerprint: Identifies the content that was loaded, where it is not fixed by name and options alone.
         unit_range: Whether the examples are floating-point images from 0 to 1, ``(channels, height, width)``, that
             networks read as they are.
+        nodes: Where the examples are nodes of one graph: how many it has; ``shape`` is then the number of features of a
+            node, and a split's ``x`` holds numbers of nodes. 0 for examples that stand for themselves.
     """
 
     name: str
@@ -80,6 +93,7 @@ class DataInfo:
     pixels: Pixels | None = None
     fingerprint: str = ""
     unit_range: bool = False
+    nodes: int = 0
 
     @property
     def images(self) -> bool:
@@ -93,7 +107,8 @@ class Examples:
 
     Attributes:
         x: ``(n, *shape)``: uint8 images if the data set has ``pixels``, else float32 that networks read as it is; with
-            ``unit_range`` those are images from 0 to 1.
+            ``unit_range`` those are images from 0 to 1. Where the examples are nodes of a graph, their numbers, int64,
+            ``(n,)``.
         y: int64 class indices, ``(n,)``.
     """
 
@@ -102,6 +117,39 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.y)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One undirected graph: what networks read of it. Labels are the splits' affair.
+
+    Attributes:
+        features: One row per node, float32, ``(nodes, features)``, a coalesced sparse COO tensor.
+        edges: int64, ``(2, m)``: both directions of every edge, each once, sorted by row and column; no loops.
+    """
+
+    features: Tensor
+    edges: Tensor
+
+    @property
+    def nodes(self) -> int:
+        """How many nodes it has; some may have no edge."""
+        return self.features.shape[0]
+
+
+@dataclass(frozen=True)
+class Unlabelled:
+    """Examples without labels that training may look at. None of them is a test example, unless a graph holds both.
+
+    Attributes:
+        x: As in :class:`Examples`.
+        batch_size: How many of them a step is given.
+        replacement: Whether a step draws from all of them, some perhaps twice; otherwise every pass sees each once.
+    """
+
+    x: Tensor
+    batch_size: int
+    replacement: bool = False
 
 
 def default_cache() -> Path:
@@ -135,12 +183,27 @@ class DataSplits:
 
     The training loop is given ``train`` and ``validation``, never this object, so nothing in it can reach the test
     data. ``validation`` may be empty, if nothing was set aside.
+
+    Attributes:
+        graph: The graph whose nodes the examples are, or None.
+        unlabelled: What training may look at beside ``train``, or None.
     """
 
-    def __init__(self, info: DataInfo, train: Examples, validation: Examples, test: Examples) -> None:
+    def __init__(
+        self,
+        info: DataInfo,
+        train: Examples,
+        validation: Examples,
+        test: Examples,
+        *,
+        graph: Graph | None = None,
+        unlabelled: Unlabelled | None = None,
+    ) -> None:
         self.info = info
         self.train = train
         self.validation = validation
+        self.graph = graph
+        self.unlabelled = unlabelled
         self.__test: Examples | None = test
 
     def hand_out_test(self) -> Examples:

@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from manifold_mixup.lab.errors import CorruptedFile
 
-__all__ = ["read_pickle"]
+__all__ = ["Names", "load_pickle", "read_pickle"]
+
+T = TypeVar("T")
+
+Names = Mapping[tuple[str, str], Any]
+"""From the module and name that a pickle asks for to the class that stands for it."""
 
 
 class _DType:
@@ -47,7 +53,7 @@ class _Array:
         self.value = np.frombuffer(content, dtype=np.uint8).reshape(shape, order="F" if columns_first else "C")
 
 
-NAMES = {
+NAMES: Names = {
     ("numpy", "dtype"): _DType,
     ("numpy", "ndarray"): _Array,
     ("numpy.core.multiarray", "_reconstruct"): _Array,
@@ -56,10 +62,42 @@ NAMES = {
 
 
 class _Unpickler(pickle.Unpickler):
+    def __init__(self, content: bytes, names: Names) -> None:
+        super().__init__(io.BytesIO(content), encoding="bytes")
+        self._names = names
+
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in NAMES:
+        if (module, name) not in self._names:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no published file does")
-        return NAMES[module, name]
+        return self._names[module, name]
+
+
+def load_pickle(content: bytes, path: Path, names: Names, finish: Callable[[Any], T]) -> T:
+    """Read a pickle; nothing that it names is imported or called, but what stands for it.
+
+    Args:
+        content: The pickle.
+        path: Where it comes from, for errors.
+        names: What may stand in it. Python-2 strings are bytes.
+        finish: From what was read, stand-ins included, to the result; what it raises is the pickle's fault.
+
+    Raises:
+        CorruptedFile: It is no whole pickle, or it asks for something else.
+    """
+    try:
+        return finish(_Unpickler(content, names).load())
+    except (
+        pickle.UnpicklingError,
+        AttributeError,
+        EOFError,
+        IndexError,
+        KeyError,
+        MemoryError,
+        OverflowError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise CorruptedFile(f"{path} is not a pickle that is read here: {error}") from error
 
 
 def read_pickle(content: bytes, path: Path) -> dict[str, Any]:
@@ -75,23 +113,13 @@ def read_pickle(content: bytes, path: Path) -> dict[str, Any]:
     Raises:
         CorruptedFile: It is no whole pickle, it is no dictionary, or it asks for something that it does not need.
     """
-    try:
-        value = _Unpickler(io.BytesIO(content), encoding="bytes").load()
-        if not isinstance(value, dict):
-            raise pickle.UnpicklingError(f"it holds a {type(value).__name__}, not a dictionary")
-        return {_text(key): item.value if isinstance(item, _Array) else item for key, item in value.items()}
-    except (
-        pickle.UnpicklingError,
-        AttributeError,
-        EOFError,
-        IndexError,
-        KeyError,
-        MemoryError,
-        OverflowError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise CorruptedFile(f"{path} is not a pickle that is read here: {error}") from error
+    return load_pickle(content, path, NAMES, _dictionary)
+
+
+def _dictionary(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise pickle.UnpicklingError(f"it holds a {type(value).__name__}, not a dictionary")
+    return {_text(key): item.value if isinstance(item, _Array) else item for key, item in value.items()}
 
 
 def _text(key: object) -> str:

@@ -10,10 +10,13 @@ from manifold_mixup.lab.methods.adamixup import AdaMixUp
 from manifold_mixup.lab.methods.base import BatchTransform, Method
 from manifold_mixup.lab.methods.batch_norm import BatchNorm
 from manifold_mixup.lab.methods.blocked_gradient import BlockedGradient
+from manifold_mixup.lab.methods.consistency import Consistency
 from manifold_mixup.lab.methods.cutmix import CutMix
 from manifold_mixup.lab.methods.cutout import Cutout
 from manifold_mixup.lab.methods.dropout import Dropout
+from manifold_mixup.lab.methods.graphmix import GraphMix
 from manifold_mixup.lab.methods.hidden_noise import HiddenNoise
+from manifold_mixup.lab.methods.ict import ICT
 from manifold_mixup.lab.methods.input_mixup import InputMixup
 from manifold_mixup.lab.methods.input_noise import InputNoise
 from manifold_mixup.lab.methods.label_smoothing import LabelSmoothing
@@ -43,6 +46,9 @@ METHODS: dict[str, type[Method[Any]]] = {
         Dropout,
         WeightDecay,
         BatchNorm,
+        Consistency,
+        ICT,
+        GraphMix,
     )
 }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
 from pydantic import PlainValidator
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from manifold_mixup.lab.errors import nearest
 from manifold_mixup.lab.options import Options
 
-__all__ = ["BatchTransform", "Criterion", "LayerNames", "Method", "unknown_layers"]
+__all__ = ["Batch", "BatchTransform", "Criterion", "Forward", "LayerNames", "Method", "StepMethod", "unknown_layers"]
 
 Criterion = Callable[[Tensor, Any], Tensor]
 """From the network's output and a target (class indices or a ``MixedTarget``) to the loss of the recipe, a scalar."""
@@ -19,7 +21,29 @@ Criterion = Callable[[Tensor, Any], Tensor]
 BatchTransform = Callable[[Tensor, Any], tuple[Tensor, Any]]
 """From a training batch ``(x, y)`` to what the network reads and what the loss is given."""
 
+Forward = Callable[[Tensor], Any]
+"""The network as the loop calls it: wrapped for devices and precision, perhaps compiled, in training mode."""
+
 OptionsT = TypeVar("OptionsT", bound=Options)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step of the training is given.
+
+    Attributes:
+        x: Labelled examples, as the network reads them, ``(n, ...)``.
+        y: Their class indices, int64, ``(n,)``.
+        unlabelled: Other examples, ``(m, ...)``; None where the task has none.
+        step: How many steps are finished, from 0.
+        steps: How many there will be.
+    """
+
+    x: Tensor
+    y: Tensor
+    unlabelled: Tensor | None
+    step: int
+    steps: int
 
 
 class Method(Generic[OptionsT]):
@@ -38,6 +62,8 @@ class Method(Generic[OptionsT]):
     title: ClassVar[str]
     source: ClassVar[str]
     Options: ClassVar[type[Options]]
+    tasks: ClassVar[tuple[str, ...]] = ("classification", "semi_supervised")
+    """Names of the tasks in which it can be used."""
 
     def __init__(self, options: OptionsT) -> None:
         self.options = options
@@ -83,6 +109,16 @@ class Method(Generic[OptionsT]):
         """The loss of one batch: what the network returned for the batch that the transform gave, and its target."""
         return criterion(output, target)
 
+    def teacher(self) -> nn.Module | None:
+        """The network that is measured in place of the trained one, asked for once, after ``attach``; None: that one.
+
+        It has the trained network's structure, and lies on its device. Its weights belong to ``state_dict``.
+        """
+        return None
+
+    def after_step(self) -> None:
+        """Whatever follows an update of the weights, such as moving a teacher's."""
+
     def detach(self) -> None:
         """Leave no trace on the network."""
 
@@ -96,6 +132,23 @@ class Method(Generic[OptionsT]):
     def facts(self) -> dict[str, Any]:
         """What a record should say about the finished run, such as the layers that were found."""
         return {}
+
+
+class StepMethod(Method[OptionsT]):
+    """A method that computes the loss of a whole step itself, since one forward of one batch cannot express it.
+
+    It may call the network several times, or look at unlabelled examples. It trains on one device only.
+    """
+
+    @abstractmethod
+    def step(self, forward: Forward, criterion: Criterion, batch: Batch) -> Tensor:
+        """The loss of one step, a scalar, under the autocast of the run.
+
+        Args:
+            forward: The network.
+            criterion: The loss of the recipe.
+            batch: What the step is given.
+        """
 
 
 def _layer_names(value: Any) -> str | list[str]:

@@ -30,6 +30,7 @@ class LabelSmoothing(Method[LabelSmoothingOptions]):
     title = "label smoothing"
     source = "Szegedy et al. 2016, arXiv 1512.00567, section 7"
     Options = LabelSmoothingOptions
+    tasks = ("classification", "semi_supervised", "node_classification")
 
     def train_options(self) -> dict[str, Any]:
         """The loss's own smoothing."""

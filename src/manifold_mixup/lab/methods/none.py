@@ -15,3 +15,4 @@ class Plain(Method[NoOptions]):
     title = "plain training"
     source = "the baseline of Verma et al. 2019 (arXiv 1806.05236), S = {}"
     Options = NoOptions
+    tasks = ("classification", "semi_supervised", "node_classification")

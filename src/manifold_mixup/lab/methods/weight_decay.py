@@ -27,6 +27,7 @@ class WeightDecay(Method[WeightDecayOptions]):
     title = "L2 penalty on the weights"
     source = "Verma et al. 2019, Figure 2; Krogh and Hertz 1991"
     Options = WeightDecayOptions
+    tasks = ("classification", "semi_supervised", "node_classification")
 
     def train_options(self) -> dict[str, Any]:
         """The optimiser's own penalty."""

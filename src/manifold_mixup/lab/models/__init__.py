@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from manifold_mixup.lab.errors import UnknownName
-from manifold_mixup.lab.models import libraries, mlp, mnist_nets, preact_resnet, spiral_net, wide_resnet
+from manifold_mixup.lab.models import graph_nets, libraries, mlp, mnist_nets, preact_resnet, spiral_net, wide_resnet
 from manifold_mixup.lab.models.base import ModelEntry
 
 __all__ = ["MODELS", "ModelEntry", "build_model", "get_model", "hidden_layers"]
@@ -21,6 +21,7 @@ MODELS: dict[str, ModelEntry] = {
         mnist_nets.MODEL,
         *preact_resnet.MODELS,
         *wide_resnet.MODELS,
+        *graph_nets.MODELS,
         *libraries.MODELS,
     )
 }

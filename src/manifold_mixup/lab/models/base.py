@@ -26,6 +26,7 @@ class ModelEntry:
         hidden: From options to the names of the modules whose outputs are the hidden states, first to last.
         example: Shape of the examples that it was made for; None if it reads any.
         positional: The option that ``name:VALUE`` on the command line sets, as in ``timm:resnet18``; or None.
+        graph: Whether it reads numbers of nodes, and has to be given their graph: ``models.graph_nets.GraphNet``.
     """
 
     name: str
@@ -35,3 +36,4 @@ class ModelEntry:
     hidden: Callable[[Any], list[str]]
     positional: str | None = None
     example: tuple[int, ...] | None = None
+    graph: bool = False

@@ -30,7 +30,7 @@ from manifold_mixup.lab.models.base import ModelEntry
 from manifold_mixup.lab.models.blocks import StemStride, first_stride, image_shape, scaled
 from manifold_mixup.lab.options import Options
 
-__all__ = ["MODELS", "WideBlock", "WideResNet", "WideResNetOptions"]
+__all__ = ["MODELS", "WideBlock", "WideResNet", "WideResNetOptions", "rectified"]
 
 Variant = Literal["code", "standard"]
 STEM = 16  # channels of the first convolution, and of the first stage for a widening factor of 1
@@ -49,13 +49,21 @@ class WideResNetOptions(Options):
     dropout: float = Field(
         default=0.0, ge=0, lt=1, description="dropout before the second convolution of every residual block"
     )
+    negative_slope: float = Field(
+        default=0.0, ge=0, lt=1, description="slope of the activations below 0; 0 is ReLU, above it they are leaky"
+    )
     stem_stride: StemStride = Field(
         default="auto", description="stride of the first convolution; 'auto' is 2 for images of 64 pixels or more"
     )
 
 
+def rectified(x: Tensor, slope: float) -> Tensor:
+    """``x`` where it is positive, else ``slope`` times ``x``; a slope of 0 is ReLU, without its negative zeros."""
+    return F.leaky_relu(x, slope) if slope else F.relu(x)
+
+
 class WideBlock(nn.Module):
-    """Two 3x3 convolutions, each after batch norm and ReLU, with dropout between them.
+    """Two 3x3 convolutions, each after batch norm and activation, with dropout between them.
 
     Args:
         inputs: Channels that come in.
@@ -63,10 +71,14 @@ class WideBlock(nn.Module):
         stride: Stride of the block.
         variant: Where the stride is, what the projection shortcut reads, and whether convolutions have biases.
         dropout: Dropout before the second convolution.
+        slope: Slope of the activations below 0.
     """
 
-    def __init__(self, inputs: int, outputs: int, stride: int, *, variant: Variant, dropout: float) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, stride: int, *, variant: Variant, dropout: float, slope: float
+    ) -> None:
         super().__init__()
+        self.slope = slope
         self.raw_shortcut = bias = variant == "code"
         first, second = (1, stride) if variant == "code" else (stride, 1)
         self.norm1 = nn.BatchNorm2d(inputs)
@@ -79,9 +91,9 @@ class WideBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """From ``(n, inputs, h, w)`` to the raw sum ``(n, outputs, h / stride, w / stride)``."""
-        active = F.relu(self.norm1(x))
+        active = rectified(self.norm1(x), self.slope)
         skip = x if self.shortcut is None else self.shortcut(x if self.raw_shortcut else active)
-        h = F.relu(self.norm2(self.conv1(active)))
+        h = rectified(self.norm2(self.conv1(active)), self.slope)
         if self.dropout is not None:
             h = self.dropout(h)
         branch: Tensor = self.conv2(h)
@@ -89,7 +101,7 @@ class WideBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """A 3x3 convolution, three stages, batch norm, ReLU, average pooling, a linear head.
+    """A 3x3 convolution, three stages, batch norm, activation, average pooling, a linear head.
 
     ``stage1`` to ``stage3`` return raw residual sums; the papers call them blocks 1 to 3.
 
@@ -100,6 +112,7 @@ class WideResNet(nn.Module):
         width: Channels of the first stage; each further one has twice as many.
         variant: As in the module's table.
         dropout: Dropout in every block.
+        slope: Slope of the activations below 0.
         stem_stride: Stride of the first convolution.
     """
 
@@ -112,6 +125,7 @@ class WideResNet(nn.Module):
         width: int,
         variant: Variant = "code",
         dropout: float = 0.0,
+        slope: float = 0.0,
         stem_stride: int = 1,
     ) -> None:
         super().__init__()
@@ -119,11 +133,13 @@ class WideResNet(nn.Module):
         if blocks < 1 or depth != 6 * blocks + 4:
             raise ValueError(f"depth should be 6 n + 4 with n blocks in each stage, such as 28, not {depth}")
         code = variant == "code"
+        block = partial(WideBlock, variant=variant, dropout=dropout, slope=slope)
 
         def stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
             sizes = [(inputs, stride)] + [(outputs, 1)] * (blocks - 1)
-            return nn.Sequential(*(WideBlock(n, outputs, s, variant=variant, dropout=dropout) for n, s in sizes))
+            return nn.Sequential(*(block(n, outputs, s) for n, s in sizes))
 
+        self.slope = slope
         self.stem = nn.Conv2d(channels, STEM, 3, stride=stem_stride, padding=1, bias=code)
         self.stage1 = stage(STEM, width, 1)
         self.stage2 = stage(width, 2 * width, 2)
@@ -137,13 +153,13 @@ class WideResNet(nn.Module):
         """He et al. 2015, arXiv 1502.01852, for the numbers that go out of a convolution; batch norms are 1 and 0."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.kaiming_normal_(module.weight, self.slope, mode="fan_out", nonlinearity="leaky_relu")
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """From images ``(n, channels, h, w)`` to logits ``(n, classes)``."""
         h = self.stage3(self.stage2(self.stage1(self.stem(x))))
-        logits: Tensor = self.head(F.relu(self.norm(h)).mean(dim=(2, 3)))
+        logits: Tensor = self.head(rectified(self.norm(h), self.slope).mean(dim=(2, 3)))
         return logits
 
 
@@ -168,6 +184,7 @@ def build(depth: int, widen: int, options: WideResNetOptions, shape: tuple[int, 
         width=scaled(STEM * widen, options.width),
         variant=options.variant,
         dropout=options.dropout,
+        slope=options.negative_slope,
         stem_stride=first_stride(options.stem_stride, height, width),
     )
 

@@ -36,7 +36,8 @@ SOURCES: dict[str, Builder] = {
     "torchvision": vision.build_torchvision,
     "hf": huggingface.build,
 }
-OWN = [name for name, entry in MODELS.items() if entry.positional is None]  # the others are libraries', as above
+# the others are libraries', as above, or read a graph, of which there is none here
+OWN = [name for name, entry in MODELS.items() if entry.positional is None and not entry.graph]
 LARGEST = 1_000_000_000  # parameters: 4 GB
 
 
