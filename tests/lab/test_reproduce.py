@@ -259,7 +259,7 @@ def test_every_study_is_whole(name):
     for panel in study.panels:
         for scale, recipe in panel.recipes.items():
             assert recipe in recipe_files(), f"{name}: no recipe {recipe}"
-            assert recipe.endswith(f"_{scale}")
+            assert recipe.endswith(f"_{scale}") or panel.recipes.get("desk", recipe) == recipe
             assert cost_of(recipe), f"{recipe} does not say its cost"
             labels = {m.get("label", m["name"]) for m in read_recipe(recipe)[0]["methods"]}
             assert len(labels & {row.label for row in panel.rows}) >= 1
@@ -269,7 +269,7 @@ def test_every_study_is_whole(name):
 
 def test_the_papers_tables_are_all_there():
     tables = {"table1", "table2", "table3", "table4", "table5", "table6", "table9", "fgsm"}
-    others = {"regularisers", "blocked-gradient", "knn", "svd-mnist", "few-labels"}
+    others = {"regularisers", "blocked-gradient", "knn", "svd-mnist", "few-labels", "semi-supervised", "graphmix"}
     assert set(study_files()) == tables | others
 
 

@@ -133,7 +133,10 @@ def _check_machine(pieces: Sequence[Piece], scale: Scale, accelerator: str) -> N
 
     if scale == "desk" or accelerator != "auto" or torch.cuda.is_available() or torch.backends.mps.is_available():
         return
-    cost = cost_of(next(piece.config.name for piece in pieces if piece.config is not None))
+    long = [p.config.name for p in pieces if p.config is not None and p.panel.recipes.get("desk") != p.config.name]
+    if not long:  # small enough for a desk at every scale
+        return
+    cost = cost_of(long[0])
     raise UsageError(
         f"scale {scale!r} is for a GPU, and here is none ({cost}); take --scale desk, or insist with --accelerator cpu"
     )

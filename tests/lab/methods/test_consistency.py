@@ -314,5 +314,5 @@ def test_before_it_is_attached_there_is_no_state():
 
 def test_defaults_are_those_of_the_authors_command_for_cifar10():
     options = make_method("consistency", {}).options
-    assert (options.alpha, options.alpha_unlabelled, options.weight, options.ramp) == (0.1, 2.0, 1.0, 0.4)
-    assert (options.layers, options.targets, options.target_mode) == ("auto", "logits", "train")
+    assert (options.alpha, options.alpha_unlabelled, options.weight, options.ramp) == (0.1, 2.0, 10.0, 0.4)
+    assert (options.layers, options.targets, options.target_mode) == ("auto", "probabilities", "train")
