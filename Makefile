@@ -43,6 +43,7 @@ bench: .venv-dev/ready
 	.venv-dev/bin/python benchmarks/peers.py
 	.venv-dev/bin/python benchmarks/training.py
 	.venv-dev/bin/python benchmarks/report_page.py
+	.venv-dev/bin/python benchmarks/graphs.py
 
 docs: .venv-dev/ready  ## the documentation site, in dist/site; make test builds it as well, and runs what it shows
 	NO_MKDOCS_2_WARNING=1 .venv-dev/bin/mkdocs build --strict

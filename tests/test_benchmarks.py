@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import runpy
 
@@ -88,6 +89,20 @@ def test_step_overhead_of_the_other_networks(tmp_path, network):
 def test_nothing_is_compiled_while_the_clock_runs(tmp_path):
     output, (entry,) = run("step_overhead.py", tmp_path, "--networks", "bert_tiny", "--modes", "compile-bf16")
     check(entry, output, ["plain", "plain, second copy", "ours", "ours, halves", "naive"])
+
+
+def test_steps_on_a_graph(benchmarks, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["graphs.py", "--quick", "--rounds", "2", "--json"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(ROOT / "benchmarks" / "graphs.py"), run_name="__main__")
+    found = json.loads(capsys.readouterr().out)
+    kinds = ["plain", "naive, dense features", "GraphMix, on the graph", "GraphMix, of the twin", "evaluation"]
+    assert list(found["seconds"]) == [*kinds, "GraphMix"]
+    assert all(len(times) == 2 and min(times) > 0 for times in found["seconds"].values())
+    one, other, both = (
+        found["seconds"][kind] for kind in ("GraphMix, on the graph", "GraphMix, of the twin", "GraphMix")
+    )
+    assert both == pytest.approx([(a + b) / 2 for a, b in zip(one, other, strict=True)])
 
 
 def test_naive_is_the_same_training_as_ours(benchmarks):

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from manifold_mixup.lab.published import Published
 from manifold_mixup.lab.recipe import load_recipe, recipe_files
 from manifold_mixup.lab.reproduce import Piece, gather, grids_of, plan
 from manifold_mixup.lab.results import by_seed, read_folder, write_lines
@@ -113,6 +114,38 @@ def summary() -> str:
     return "\n".join(lines)
 
 
+TASKS = {"graphmix": "GraphMix", "semi-supervised": "manifold mixup"}
+
+
+def beyond() -> str:
+    """One line for each experiment with few labels or on a graph: test errors of the control and of the method."""
+    heads = ["experiment", "seeds", "control", "method", "method - control", "95 %", "published: control", "method"]
+    lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
+    for study, pieces in studies():
+        for piece in pieces if study.name in TASKS else ():
+            panel = piece.panel
+            column = panel.column("test_error", "best")
+            control = panel.rows[0]
+            method = next(row for row in panel.rows if row.label == TASKS[study.name])
+            values = {row.label: by_seed(piece.results, row.label, "test_error", "best") for row in (control, method)}
+            found = paired_difference(values[method.label], values[control.label])
+            interval = "-" if found.low is None else f"[{found.low:+.2f}, {found.high:+.2f}]"
+            plain = column.model_copy(update={"complement": False})
+            ours = [f"{row.label}: {measured_text(values[row.label], plain)}" for row in (control, method)]
+            printed = [_as_error(panel.twin(row, column)) for row in (control, method)]
+            cells = [panel.title, str(found.n), *ours, f"{found.mean:+.2f}", interval, *printed]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _as_error(entry: Published | None) -> str:
+    """A published error, or 100 minus a published accuracy."""
+    if entry is None:
+        return "-"
+    value = 100 - entry.value if "accuracy" in entry.metric else entry.value
+    return f"{value:.2f}" if entry.std is None else f"{value:.2f} ± {entry.std:.2f}"
+
+
 def with_table(text: str, name: str, table: str) -> str:
     """A page with the table between two marks replaced."""
     begin, end = BEGIN.format(name), END.format(name)
@@ -128,7 +161,11 @@ def everything() -> dict[Path, str]:
     return {
         **pages(),
         results: with_table(results.read_text(encoding="utf-8"), "overview", overview()),
-        README: with_table(README.read_text(encoding="utf-8"), "summary", summary()),
+        README: with_table(
+            with_table(README.read_text(encoding="utf-8"), "summary", summary()),
+            "tasks",
+            beyond(),
+        ),
     }
 
 

@@ -1,24 +1,20 @@
 """Where a network may be mixed: cut points, found by following the data flow, and the eligible set S.
 
 A module call is a cut point when every path from the inputs to the outputs goes through what it returns: take those
-tensors away and no path is left. Then, and only then, mixing them mixes all that the rest of the network sees.
+tensors away and no path is left. Then, and only then, mixing them mixes all that the rest of the network sees. And
+behind it every row has to go its own way (``rows.py``).
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import random
-import sys
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from manifold_mixup.dataflow import Shapes, record, shapes_by_call
 from manifold_mixup.eligible import INPUT, CutPoint, stage_ends
 from manifold_mixup.errors import (
     PACKED,
@@ -27,21 +23,14 @@ from manifold_mixup.errors import (
     DiscoveryFailed,
     LayerNotReached,
     NotACutPoint,
+    RowsExchange,
 )
-from manifold_mixup.graph import Call, Graph, Leaf
-from manifold_mixup.masks import (
-    MaskPlan,
-    Place,
-    Rule,
-    features,
-    find_masks,
-    judge,
-    mask_plans,
-    padding_values,
-    probed,
-    tested,
-)
-from manifold_mixup.structure import Path, at, batch_size, map_tensors, paths
+from manifold_mixup.graph import Graph, Leaf
+from manifold_mixup.look import ROWS, Look, look_at
+from manifold_mixup.masks import MaskPlan, Place, Rule, features, judge
+from manifold_mixup.rows import first_without, probe
+from manifold_mixup.structure import Path, batch_size, opened, paths
+from manifold_mixup.undisturbed import undisturbed
 
 __all__ = ["CutPoint", "Discovery", "cut_points", "discover"]
 
@@ -57,8 +46,15 @@ class Discovery:
     plans: dict[str, MaskPlan]  # for every cut point: what happens to masks
     rules: dict[Place, Rule]
     given: frozenset[Path]  # the inputs with a row per example
-    _graph: Graph
+    regroups: bool  # the output has other rows than the input: graphs, and not nodes
+    exchanges: bool  # rows read each other before the first cut point
+    _look: Look
     _unmasked: dict[str, str]  # why masks forbid a cut
+    _refused: frozenset[str]  # cut points behind which rows read each other
+
+    @property
+    def _graph(self) -> Graph:
+        return self._look.graph
 
     def middle(self) -> list[str]:
         """The module call in the middle of the compute that does most of it, the model itself apart; or none."""
@@ -70,6 +66,8 @@ class Discovery:
         """Why ``name`` is no cut point: the error to raise."""
         graph = self._graph
         if name == INPUT:
+            if (found := self._exchange(name, list(graph.sources), graph.source_leaves)) is not None:
+                return found
             kinds = {
                 label
                 for leaf, label in zip(graph.source_leaves, graph.sources.values(), strict=True)
@@ -91,6 +89,8 @@ class Discovery:
         block = [leaf.node for leaf in features(graph, call) if leaf.node is not None]
         if not block:
             return NotACutPoint(name, "what it returns does not depend on the input, or does not reach the output.")
+        if (found := self._exchange(name, block, call.leaves)) is not None:
+            return found
         if not graph.separates(block):
             start, end = graph.bypass(block)
             source, target = _origin(graph, start), _place(graph, end)
@@ -107,11 +107,28 @@ class Discovery:
         return NotACutPoint(
             name,
             f"it returns a tensor that does not hold one row per example in dimension 0, or holds integers "
-            f"(shapes {', '.join(str(leaf.shape) for leaf in call.leaves)} for a batch of {_ROWS}).",
+            f"(shapes {', '.join(str(leaf.shape) for leaf in call.leaves)} for a batch of {ROWS}).",
         )
 
-
-_ROWS = 2  # the recorded forward; a second one with one row more shows which dimensions are the batch
+    def _exchange(self, name: str, block: Sequence[int], leaves: Sequence[Leaf]) -> RowsExchange | None:
+        """The error to raise if rows read each other behind a call."""
+        graph, look = self._graph, self._look
+        nodes = graph.exchanges_after(block)
+        if name not in self._refused and not (nodes and look.grown is None):
+            return None
+        if not nodes:
+            return RowsExchange(name, "rows of the output depend on other rows than their own of what it returns.")
+        rows = next((leaf.shape[0] for leaf in leaves if leaf.floating and leaf.shape), 0)
+        if look.grown is None and look.returned and rows not in look.returned:
+            into = " and ".join(map(str, sorted(look.returned)))
+            doer = _doers(graph, nodes[-1:], block[-1])
+            return RowsExchange(
+                name, f"its {rows} rows are joined into the {into} of the output by {doer}, so that they share labels."
+            )
+        doers = _doers(graph, [nodes[0], nodes[-1]], block[-1])
+        if all(graph.exchanges[node] == "rows" for node in nodes):
+            return RowsExchange(name, f"its rows read each other behind it, in {doers}.")
+        return RowsExchange(name, f"its {rows} rows are nodes that exchange messages behind it, in {doers}.")
 
 
 def _origin(graph: Graph, node: int) -> str:
@@ -136,6 +153,18 @@ def _place(graph: Graph, node: int) -> str:
     return f"{where!r} ({_operation(graph, node)})" if where else f"the model's own forward ({_operation(graph, node)})"
 
 
+def _doers(graph: Graph, nodes: Sequence[int], after: int) -> str:
+    """The outermost modules that are called behind a cut and hold these nodes, the first and the last, by operator."""
+    found: dict[str, list[str]] = {}
+    for node in nodes:
+        around = [call for call in graph.calls if call.key and after < call.start <= node < call.end]
+        name = min(around, key=lambda call: call.start).key if around else graph.where[node]
+        operators = found.setdefault(repr(name) if name else "the model's own forward", [])
+        if _operation(graph, node) not in operators:
+            operators.append(_operation(graph, node))
+    return " and last in ".join(f"{name} ({', '.join(operators)})" for name, operators in found.items())
+
+
 def _operation(graph: Graph, node: int) -> str:
     return graph.what[node].partition(".")[0]
 
@@ -144,141 +173,41 @@ def _list(names: set[str]) -> str:
     return " and ".join(repr(n) for n in sorted(names)) or "the input"
 
 
-@contextlib.contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no grad; afterwards modes, buffers and every random state are what they were."""
-    modules = list(model.modules())
-    modes = [(m, m.training) for m in modules]
-    held = [(m, name, b) for m in modules for name, b in m._buffers.items() if b is not None]
-    buffers = [(m, name, b, b.detach().clone(), b._version) for m, name, b in held]
-    parameters = [p for m in modules for p in m._parameters.values() if p is not None]
-    devices = {t.device for t in [*parameters, *(b for _, _, b in held)]}
-    accelerators = [d for d in devices if d.type not in ("cpu", "meta")]
-    python_state = random.getstate()
-    numpy = sys.modules.get("numpy")
-    numpy_state = numpy.random.get_state() if numpy is not None else None
-    fast = torch.backends.mha.get_fastpath_enabled()  # fused layers and nested tensors, which training never takes
-    with contextlib.ExitStack() as stack:
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
-        torch.backends.mha.set_fastpath_enabled(False)
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")  # the real forward says it again
-        stack.enter_context(
-            torch.random.fork_rng(accelerators, device_type=accelerators[0].type if accelerators else "cuda")
-        )
-        if "torch._dynamo" in sys.modules:  # importing it takes a second, and nothing is compiled before it is
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        try:
-            for module, _ in modes:
-                module.training = False
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
-            for module, name, buffer, content, version in buffers:
-                module._buffers[name] = buffer
-                if buffer._version != version:
-                    buffer.copy_(content)
-            random.setstate(python_state)
-            if numpy is not None:
-                numpy.random.set_state(numpy_state)
-
-
-def _rows(value: Any, size: int, rows: int) -> Any:
-    """The first ``rows`` examples of a batch, the first one repeated where there are too few."""
-    index = torch.arange(rows).sub_(max(rows - size, 0)).clamp_(min=0)
-
-    def take(tensor: Tensor) -> Tensor:
-        if tensor.dim() and tensor.shape[0] == size:
-            return tensor.detach()[index.to(tensor.device)]  # keeps the memory format, as index_select does not
-        return tensor
-
-    return map_tensors(take, value)
-
-
-@dataclass
-class _Look:
-    """What two forwards of a model showed: one recorded, one on a row more."""
-
-    rows: int
-    graph: Graph
-    plans: dict[str, MaskPlan | str]
-    grown: Shapes | None  # None: a graph network, whose rows cannot be cut out
-
-    def per_example(self, call: Call) -> tuple[bool, ...]:
-        """Which tensors are floating and have the batch as dimension 0: it grows with the batch and no other does."""
-        same = [leaf.shape for leaf in call.leaves]
-        grown = same if self.grown is None else self.grown.by_call.get(call.key, [])
-        if len(grown) != len(call.leaves):
-            return (False,) * len(call.leaves)
-        more = 0 if self.grown is None else 1
-        return tuple(
-            leaf.floating
-            and leaf.node not in self.graph.masks
-            and leaf.shape[:1] == (self.rows,)
-            and shape == (self.rows + more, *leaf.shape[1:])
-            for leaf, shape in zip(call.leaves, grown, strict=True)
-        )
-
-    def check_outputs(self, model: nn.Module) -> None:
-        """Refuse a model in whose outputs no dimension is the batch: what was taken for examples are none."""
-        if self.grown is None:
-            return
-        sizes = [(leaf.shape, shape) for leaf, shape in zip(self.graph.outputs, self.grown.by_call[""], strict=True)]
-        if any(one for one, _ in sizes) and all(one == more for one, more in sizes):
-            raise BatchMismatch(
-                f"No dimension of what {type(model).__name__} returns (shapes {[one for one, _ in sizes]}) follows the "
-                "number of rows of its inputs, so these are no examples. The batch has to be dimension 0: "
-                "batch_first=True in recurrent layers, or a wrapper that transposes."
-            )
-
-
-def _look(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> _Look:
-    pads = padding_values(model)
-    if _is_graph_network(model):
-        graph = record(model, args, kwargs, size, (), pads)
-        return _Look(size, graph, mask_plans(graph, ()), None)
-    masks = find_masks(model, args, kwargs, size)
-    two = probed((_rows(args, size, _ROWS), _rows(kwargs, size, _ROWS)), masks)
-    graph = record(model, two[0], two[1], _ROWS, [at(two, path) for path in masks], pads)
-    plans = mask_plans(graph, masks)
-    three = probed((_rows(args, size, _ROWS + 1), _rows(kwargs, size, _ROWS + 1)), masks, list(tested(graph)))
-    watch = {place for plan in plans.values() if isinstance(plan, MaskPlan) for place in plan.places}
-    return _Look(_ROWS, graph, plans, shapes_by_call(model, three[0], three[1], {"", *plans}, watch))
-
-
-def _is_graph_network(model: nn.Module) -> bool:
-    """Whether the rows are nodes: some of them, taken alone, would leave the edges without ends."""
-    return any(kind.__name__ == "MessagePassing" for module in model.modules() for kind in type(module).__mro__)
-
-
-def discover(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Discovery:
+def discover(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], labels: int | None = None) -> Discovery:
     """Follow the data flow of ``model(*args, **kwargs)`` on two rows of the batch, and its shapes on three.
 
-    A graph network (with layers of PyTorch Geometric), whose rows are nodes, is run on all of them.
+    A graph network (with layers of PyTorch Geometric, or one that cannot run on two rows because they read others by
+    number) is run on all of them. Its cut points have as many rows as one of its outputs.
+
+    Args:
+        model: the network.
+        args: its positional inputs.
+        kwargs: its inputs by name.
+        labels: how many targets there are; None where that is not known.
 
     Raises:
-        BatchMismatch: no input has a first dimension, the batch is empty, or no output follows its size.
+        BatchMismatch: no input has a first dimension, the batch is empty, no output follows its size, or none has as
+            many rows as there are targets.
         DiscoveryFailed: the model's forward raised.
         DataFlowLost: no path leads from the inputs to the outputs.
     """
-    size = batch_size([args, kwargs])
+    size = batch_size([*map(opened, args), {key: opened(value) for key, value in kwargs.items()}])
     if not size:
         raise BatchMismatch(
             "Cut points are found on a batch, but the inputs hold " + ("no rows." if size == 0 else "no tensor.")
         )
-    with _undisturbed(model):
+    with undisturbed(model):
         try:
-            look = _look(model, args, kwargs, size)
+            look = look_at(model, args, kwargs, size, size if labels is None else labels)
         except Exception as error:
             raise DiscoveryFailed(
-                f"The forward that looks for the cut points, on {_ROWS} and on {_ROWS + 1} rows of the batch, raised "
+                f"The forward that looks for the cut points, on {ROWS} and on {ROWS + 1} rows of the batch, raised "
                 f"{type(error).__name__}: {str(error).rstrip('.')}. Call mixup(x, y) with x as the model takes it "
                 "(device, dtype, preprocessing); x may be a tuple of positional or a dict of keyword arguments. Or "
                 "name S yourself: layers=[...], check=False."
             ) from error
     graph = look.graph
+    look.check_labels(model, labels)
     if not any(leaf.node is not None and graph.between[leaf.node] for leaf in graph.outputs):
         lost = next((graph.where[n] for n in graph.parents[-1] if graph.what[n].endswith("()")), None)
         where = repr(lost) if lost else "the model's own forward"
@@ -291,18 +220,29 @@ def discover(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     rules, reasons = judge(graph, look.plans, look.grown.arguments if look.grown else {})
     # "input" is k = 0, also where a module has that name: such a module cannot be in S.
     mixable = {c.key: look.per_example(c) for c in graph.calls if c.key != INPUT}
-    heads = [leaf.shape[:1] == (look.rows,) for leaf in graph.outputs]
+    heads = [look.has_rows(leaf) for leaf in graph.outputs]
     sound = {key: plan for key, plan in look.plans.items() if isinstance(plan, MaskPlan) and key not in reasons}
+    points = _cut_points(look, mixable, sound)
+    with undisturbed(model):
+        refused = _exchanging(model, look, points)
+    ahead = graph.exchanges_after(graph.sources)
     return Discovery(
-        cut_points=_cut_points(graph, mixable, sound),
+        cut_points=[point for point in points if point.name not in refused],
         outputs=[leaf.shape[1:] if head else leaf.shape for leaf, head in zip(graph.outputs, heads, strict=True)],
-        heads=sum(heads),
+        heads=sum(heads) if look.grown is not None else sum(bool(leaf.shape) for leaf in graph.outputs),
         mixable=mixable,
         plans=sound,
         rules=rules,
-        given=frozenset(path for path, tensor in paths((args, kwargs)) if tensor.dim() and tensor.shape[0] == size),
-        _graph=graph,
+        given=frozenset(
+            path
+            for path, tensor in paths((args, kwargs))
+            if tensor.dim() and (look.grown is None or tensor.shape[0] == size)
+        ),
+        regroups=look.grown is None and any(graph.exchanges[node] == "index" for node in ahead),
+        exchanges=look.grown is None and bool(ahead),
+        _look=look,
         _unmasked=reasons,
+        _refused=frozenset(refused),
     )
 
 
@@ -312,10 +252,32 @@ def _point(name: str, leaves: Sequence[Leaf], compute: float, own: float) -> Cut
     return CutPoint(name, shapes[0] if len(shapes) == 1 else shapes, features, compute, own)
 
 
-def _cut_points(graph: Graph, mixable: dict[str, tuple[bool, ...]], plans: dict[str, MaskPlan]) -> list[CutPoint]:
-    found = []
+def _exchanging(model: nn.Module, look: Look, points: Sequence[CutPoint]) -> set[str]:
+    """The cut points behind which rows read each other, by the data flow or by a probe."""
+    graph, whole = look.graph, look.grown is None
+    if not (whole or graph.exchanges):
+        return set()
+    leaves = {call.key: features(graph, call) for call in graph.calls}
+    leaves[INPUT] = [leaf for leaf in graph.source_leaves if leaf.node not in graph.masks]
+    behind = {p.name: graph.exchanges_after(n.node for n in leaves[p.name] if n.node is not None) for p in points}
+    refused = {name for name, nodes in behind.items() if whole and any(graph.exchanges[n] == "index" for n in nodes)}
+    rows = {name: look.rows_of(leaves[name]) or 0 for name in behind}
+    unsure = [name for name, nodes in behind.items() if name not in refused and rows[name] > 1 and (whole or nodes)]
+
+    def shows(name: str) -> set[str] | None:
+        later = unsure[unsure.index(name) + 1 :]
+        try:
+            return probe(model, look.args, look.kwargs, name, rows[name], graph.results, later)
+        except Exception:  # a model that refuses NaN: the operators have to tell
+            return None if whole and behind[name] else set()
+
+    return refused | set(unsure) - first_without(unsure, shows)
+
+
+def _cut_points(look: Look, mixable: dict[str, tuple[bool, ...]], plans: dict[str, MaskPlan]) -> list[CutPoint]:
+    found, graph = [], look.graph
     sources = [leaf for leaf in graph.source_leaves if leaf.node not in graph.masks]
-    if sources and all(leaf.floating for leaf in sources):
+    if sources and all(leaf.floating for leaf in sources) and look.rows_of(sources) is not None:
         point = _point(INPUT, sources, 0.0, 0.0)
         found.append(dataclasses.replace(point, masks=INPUT in plans))
     total = graph.cost or 1.0
@@ -335,7 +297,8 @@ def cut_points(model: nn.Module, /, *inputs: Any, **kwargs: Any) -> list[CutPoin
 
     Runs ``model(*inputs, **kwargs)`` on two and on three rows of the batch, in eval mode, without grad; buffers, modes
     and random states are left as they were. Auxiliary inputs with a row per example (attention masks) count as inputs:
-    where one bypasses a module, that module is no cut point.
+    where one bypasses a module, that module is no cut point. A graph network runs on the whole batch; its cut points
+    are where rows no longer read each other, be they nodes or, behind the readout, graphs.
 
     Args:
         model: any module; wrappers (DDP, ``torch.compile``) are looked through by :class:`ManifoldMixup`, not here.

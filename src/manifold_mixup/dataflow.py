@@ -19,10 +19,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from manifold_mixup.exchange import exchange_rule
 from manifold_mixup.graph import Call, Entry, Graph, Leaf
-from manifold_mixup.structure import Path, at, map_tensors, packed, paths, replace_at, tensors
+from manifold_mixup.structure import Path, at, map_tensors, opened, packed, paths, replace_at, tensors
 
-__all__ = ["Shapes", "record", "shapes_by_call"]
+__all__ = ["Keys", "Shapes", "named", "record", "shapes_by_call"]
 
 
 def _rnn_cost(*args: Any, out_val: Any, **kwargs: Any) -> float:
@@ -89,10 +90,11 @@ def _storage(tensor: Tensor) -> int:
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every operator, below autograd, and every module call through the hooks of :func:`record`."""
 
-    def __init__(self, pads: Collection[float]) -> None:
+    def __init__(self, pads: Collection[float], rows: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.graph = Graph()
         self.pads = pads
+        self.rows = rows
         self.scope: list[str] = [""]
         self._nodes: dict[int, int] = {}  # id of a tensor object -> its node
         self._storage_nodes: dict[int, list[int]] = defaultdict(list)
@@ -142,7 +144,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             graph.cost += float(count(*args, **kwargs, out_val=out))
         if not parents:
             return out
-        name, scope = func.__name__, self.scope[-1]
+        name, scope, first = func.__name__, self.scope[-1], len(graph.parents)
         changed: list[Tensor] = []
         if written := _written(func):
             changed = list(_flat(args[i] if i < len(args) else kwargs.get(key) for i, key in written))
@@ -155,6 +157,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in _flat((out,)):
             if not any(tensor is t for t in changed):
                 self.register(tensor, graph.add(parents, scope, name))
+        rule = exchange_rule(func)
+        exchange = rule and rule(args, lambda tensor: [graph.what[n] for n in self.reads(tensor)], self.rows)
+        if exchange:
+            graph.exchanges.update(dict.fromkeys(range(first, len(graph.parents)), exchange))
         if graph.carried and len(parents) == 1 and next(iter(parents)) in graph.carried:
             self._padding_test(func, args)
         return out
@@ -209,18 +215,19 @@ class _Exits(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _named(model: nn.Module) -> dict[nn.Module, str]:
+def named(model: nn.Module) -> dict[nn.Module, str]:
     """The modules that hooks can be put on."""
     return {module: name for name, module in model.named_modules() if not isinstance(module, torch.jit.ScriptModule)}
 
 
-class _Keys:
+class Keys:
     """Names the calls of one forward: ``name``, then ``name#2``, ``name#3`` ..."""
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = defaultdict(int)
 
     def next(self, name: str) -> str:
+        """The key of the call of this module that is next."""
         self.counts[name] += 1
         return name if self.counts[name] == 1 else f"{name}#{self.counts[name]}"
 
@@ -232,6 +239,8 @@ def record(
     rows: int,
     masks: Sequence[Tensor] = (),
     pads: Collection[float] = (),
+    *,
+    everything: bool = False,
 ) -> Graph:
     """Run ``model(*args, **kwargs)`` once and write down its data flow.
 
@@ -242,12 +251,13 @@ def record(
         rows: the batch size.
         masks: those of the inputs that are masks.
         pads: token ids that mean padding.
+        everything: tensors with other numbers of rows are sources as well.
     """
-    recorder, begun, keys, modules = _Recorder(pads), _Keys(), _Keys(), _named(model)
+    recorder, begun, keys, modules = _Recorder(pads, rows), Keys(), Keys(), named(model)
     graph = recorder.graph
     for label, value in [*((f"input {i}" if i else "input", a) for i, a in enumerate(args)), *kwargs.items()]:
-        for tensor in tensors(value):
-            if tensor.dim() and tensor.shape[0] == rows:
+        for tensor in tensors(opened(value)):
+            if tensor.dim() and (everything or tensor.shape[0] == rows):
                 recorder.source(tensor, label, mask=any(tensor is mask for mask in masks))
     started: list[Call] = []
     auxiliary = bool(graph.masks or graph.carried)
@@ -280,7 +290,7 @@ def record(
     finally:
         for handle in handles:
             handle.remove()
-    graph.outputs = recorder.leaves(output)
+    graph.outputs, graph.results = recorder.leaves(output), list(tensors(output))
     ends = dict.fromkeys(n for t in tensors(output) for n in recorder.reads(t))
     graph.add([*ends, *recorder.escapes], "", "output")
     return graph
@@ -302,7 +312,7 @@ def shapes_by_call(
     watch: Collection[tuple[str, Path]] = (),
 ) -> Shapes:
     """Run ``model(*args, **kwargs)`` once: what the calls in ``of`` returned, and what those to watch were given."""
-    found, begun, keys = Shapes(), _Keys(), _Keys()
+    found, begun, keys = Shapes(), Keys(), Keys()
     wanted: dict[str, list[Path]] = defaultdict(list)
     for key, path in watch:
         wanted[key].append(path)
@@ -315,7 +325,7 @@ def shapes_by_call(
     def leave(name: str, module: nn.Module, _: Any, output: Any) -> None:
         found.by_call[keys.next(name)] = [tuple(t.shape) for t in tensors(output)]
 
-    modules = _named(model)
+    modules = named(model)
     called, given = ({key.partition("#")[0] for key in calls} for calls in (of, wanted))
     handles = [m.register_forward_hook(functools.partial(leave, n)) for m, n in modules.items() if n in called]
     handles += [

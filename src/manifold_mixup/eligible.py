@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from manifold_mixup.errors import LayerNotFound, NotACutPoint
+from manifold_mixup.errors import LayerNotFound, NotACutPoint, RowsExchange
 
 if TYPE_CHECKING:
     from manifold_mixup.cutpoints import Discovery
@@ -19,6 +19,7 @@ __all__ = [
     "auto_layers",
     "canonical",
     "choose_layers",
+    "readout_layers",
     "resolve_name",
     "stage_ends",
     "too_few_features",
@@ -91,6 +92,26 @@ def auto_layers(points: Sequence[CutPoint]) -> list[str]:
     return [INPUT, *names] if any(p.name == INPUT for p in points) else names
 
 
+def readout_layers(points: Sequence[CutPoint]) -> list[str]:
+    """S of a graph network: what the readout returns, and inner cut points of the head, as of a network of its own.
+
+    The first cut point behind all message passing (and behind the pooling, where there is one) takes the part of the
+    input; of modules that end together there, it is the outermost.
+    """
+    points = [p for p in points if p.compute < 1.0]  # the others have nothing behind them to learn
+    if not points:
+        return []
+    around = [p for p in points if points[0].name.startswith(f"{p.name}.") and p.compute == points[0].compute]
+    first = [points[0], *around][-1]
+    left = 1.0 - first.compute
+    head = [
+        replace(p, compute=(p.compute - first.compute) / left, own_compute=p.own_compute / left)
+        for p in points[points.index(first) + 1 :]
+    ]
+    chosen = auto_layers([replace(first, name=INPUT, compute=0.0, own_compute=0.0), *head])
+    return [first.name, *chosen[1:]]
+
+
 def resolve_name(model: nn.Module, name: str) -> tuple[str, int]:
     """The module's name as ``model.named_modules()`` has it, and which of its calls is meant (from 1 on).
 
@@ -124,9 +145,10 @@ def choose_layers(
         NotACutPoint: "auto" found nothing to mix.
     """
     if isinstance(layers, str):
-        chosen = auto_layers(discovery.cut_points)
+        at_the_end = discovery.exchanges and not any(p.name == INPUT for p in discovery.cut_points)
+        chosen = (readout_layers if at_the_end else auto_layers)(discovery.cut_points)
         if not chosen:
-            raise NotACutPoint("auto", _no_choice(discovery))
+            raise _no_choice(discovery)
         return chosen
     names = layers(list(discovery.cut_points)) if callable(layers) else layers
     points = {p.name for p in discovery.cut_points}
@@ -140,7 +162,7 @@ def choose_layers(
     return list(dict.fromkeys(chosen))
 
 
-def _no_choice(discovery: Discovery) -> str:
+def _no_choice(discovery: Discovery) -> NotACutPoint:
     """Why layers="auto" has nothing to offer, by the example of the call in the middle of the network."""
     names = [repr(p.name) for p in discovery.cut_points]
     only = f"the only cut point is {names[0]}" if len(names) == 1 else f"the only cut points are {', '.join(names)}"
@@ -150,9 +172,11 @@ def _no_choice(discovery: Discovery) -> str:
         why = discovery.explain(name)
         if isinstance(why, NotACutPoint) and name not in discovery.plans:
             parts.append(f"{name!r} is none: {why.reason}")
+        if isinstance(why, RowsExchange):
+            return RowsExchange("auto", f"{' '.join(parts)} {why.advice}")
     if names:
         parts.append(f"To mix there all the same, name them: layers=[{names[-1]}].")
-    return " ".join(parts)
+    return NotACutPoint("auto", " ".join(parts))
 
 
 def too_few_features(name: str, features: int, classes: int) -> str:

@@ -22,6 +22,7 @@ __all__ = [
     "NotACutPoint",
     "PairingError",
     "RecomputeAmbiguous",
+    "RowsExchange",
     "UnsupportedModel",
 ]
 
@@ -58,18 +59,29 @@ class LayerNotReached(ManifoldMixupError, RuntimeError):
 class NotACutPoint(ManifoldMixupError, ValueError):
     """Something reaches the model's output without passing through this layer, so mixing here mixes only a part."""
 
+    advice = (
+        "Mixing there would leave part of the features unmixed under fully mixed labels. Choose a layer that "
+        "manifold_mixup.cut_points(model, x) lists, or layers='auto'."
+    )
+
     def __init__(self, name: str, reason: str, bypass: str | None = None) -> None:
-        advice = (
-            "Mixing there would leave part of the features unmixed under fully mixed labels. Choose a layer that "
-            "manifold_mixup.cut_points(model, x) lists, or layers='auto'."
-        )
         if name == "auto":
             super().__init__(f"layers='auto' finds no layer to mix at: {reason}")
         else:
-            super().__init__(f"{name!r} is not a cut point of the model: {reason} {advice}")
+            super().__init__(f"{name!r} is not a cut point of the model: {reason} {self.advice}")
         self.name = name
         self.reason = reason
         self.bypass = bypass
+
+
+class RowsExchange(NotACutPoint):
+    """Rows read each other behind this layer (nodes of a graph), and the mixed target lacks the others' labels."""
+
+    advice = (
+        "The labels of the others would not be in the mixed target. Mix behind that (in a graph network behind the "
+        "last message passing, at the readout), or use a method made for graphs, such as GraphMix, which mixes in a "
+        "twin that sees features alone. check=False takes your word for it."
+    )
 
 
 class BatchMismatch(ManifoldMixupError, ValueError):

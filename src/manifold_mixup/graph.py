@@ -13,9 +13,12 @@ stands for it, since that is where another mask can be put in its place.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
+from manifold_mixup.exchange import Exchange
 from manifold_mixup.structure import Path
 
 __all__ = ["Call", "Entry", "Graph", "Leaf"]
@@ -76,6 +79,8 @@ class Graph:
     carried: dict[int, int] = field(default_factory=dict)  # integers as they came in: node -> its source
     tests: dict[int, float] = field(default_factory=dict)  # comparisons of such integers with a number (padding)
     entries: list[Entry] = field(default_factory=list)
+    exchanges: dict[int, Exchange] = field(default_factory=dict)  # nodes of operators that may move rows
+    results: list[Tensor] = field(default_factory=list)  # the outputs themselves
     cost: float = 0.0
     operations: int = 0
 
@@ -124,6 +129,33 @@ class Graph:
                 for start in parents:
                     if self.between[start]:
                         yield start, end
+
+    @functools.cached_property
+    def _children(self) -> dict[int, list[int]]:
+        children: dict[int, list[int]] = {}
+        for start, end in self.edges():
+            children.setdefault(start, []).append(end)
+        return children
+
+    def exchanges_after(self, block: Iterable[int]) -> list[int]:
+        """The operators between the block and the output that may move what is in it from row to row, in order."""
+        if not self.exchanges:
+            return []
+        seen: set[int] = set()
+        ahead = list(block)
+        while ahead:
+            fresh = [child for child in self._children.get(ahead.pop(), ()) if child not in seen]
+            seen.update(fresh)
+            ahead += fresh
+        return sorted(seen & self.exchanges.keys())
+
+    def keep_sources(self, rows: Collection[int]) -> None:
+        """Take inputs with other numbers of rows for constants: they are the same for every row."""
+        kept = [leaf for leaf in self.source_leaves if leaf.shape[0] in rows]
+        nodes = {leaf.node for leaf in kept}
+        self.sources = {node: label for node, label in self.sources.items() if node in nodes}
+        self.carried = {node: source for node, source in self.carried.items() if source in nodes}
+        self.source_leaves = kept
 
     def auxiliary(self, node: int) -> bool:
         """Whether the node is a mask, or holds integers as they came in: it may reach past a cut if it is united."""

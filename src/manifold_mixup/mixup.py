@@ -16,11 +16,12 @@ from manifold_mixup.eligible import canonical, choose_layers, too_few_features
 from manifold_mixup.errors import AlreadyAttached, LayerNotReached, MixerRemoved
 from manifold_mixup.hooks import EVERY, INPUT, Drawn, Live, MaskHook, SiteHook, attach, detach
 from manifold_mixup.interpolation import Plan
+from manifold_mixup.look import is_graph_network
 from manifold_mixup.mask_hooks import Masks
-from manifold_mixup.pairing import Pairing, Partner, draw_lam, draw_partner
-from manifold_mixup.structure import arguments, map_tensors, tensors
+from manifold_mixup.pairing import Pairing, Partner, draw_lam, draw_partner, float64_on
+from manifold_mixup.structure import arguments, map_tensors, opened, tensors
 from manifold_mixup.target import MixedTarget
-from manifold_mixup.validation import Layers, common_size, unwrap, validate
+from manifold_mixup.validation import Layers, joins_rows, mismatch, sizes, unwrap, validate
 
 __all__ = ["Draw", "ManifoldMixup"]
 
@@ -99,6 +100,7 @@ class ManifoldMixup:
             if name != INPUT:
                 canonical(self._root, name)
         self._layers: list[str] | None = None
+        self._regroups = is_graph_network(self._root)  # there may be one target for every graph, and rows of nodes
         self._generator: torch.Generator | None = None
         self._live = Live()
         self._handles = attach(self._root, self._live)
@@ -138,9 +140,9 @@ class ManifoldMixup:
         """Draw for one batch.
 
         Args:
-            x: what the model takes: a tensor, a tuple of positional or a mapping of keyword arguments, n rows each.
-                It comes back as it is (the first half of it where two batches are not mixed after all); the input,
-                too, is mixed inside the model's forward, so that it cannot be forgotten.
+            x: what the model takes: a tensor, a tuple of positional or a mapping of keyword arguments, n rows each; or
+                n graphs of PyTorch Geometric. It comes back as it is (the first half of it where two batches are not
+                mixed after all); the input, too, is mixed inside the model's forward, so that it cannot be forgotten.
             y: the targets, n rows: a tensor, or a tuple, list or mapping of tensors.
 
         Returns:
@@ -148,19 +150,17 @@ class ManifoldMixup:
 
         Raises:
             BatchMismatch: x and y have different numbers of rows, or two batches an odd one.
-            NotACutPoint, LayerNotReached, LayerNotFound, DataFlowLost, DiscoveryFailed: on the first batch, where S
-                cannot be what was asked for.
+            NotACutPoint, LayerNotReached, LayerNotFound, DataFlowLost, DiscoveryFailed: S cannot be what was asked for.
             PairingError: a pairing callable returned something else than a pairing.
             MixerRemoved: after ``remove()``.
         """
         self._refuse_if_removed()
         self._retire()
-        size = common_size(x, y)
+        size = self._size(x, y)
         if not self._root.training:
             return x, MixedTarget(y, y, 1.0)
         if self._layers is None:
-            self.discover(*arguments(x)[0], **arguments(x)[1])
-        assert self._layers is not None
+            self._find(*arguments(x), size)
         self._warn_of_theorem(y)
         draw, partner, drawn = self._draw(size, y)
         self._last = draw
@@ -169,8 +169,8 @@ class ManifoldMixup:
             take = (lambda t: t[half]) if partner.kind == "fold" else (lambda t: t)
             y = map_tensors(take, y)
             return map_tensors(take, x), MixedTarget(y, y, 1.0)
-        self._arm(draw, partner, drawn, next(tensors(x)).device)
-        lam = draw.lam if isinstance(draw.lam, float) else _float64_on(draw.lam, next(tensors(y)).device)
+        self._arm(draw, partner, drawn, next(tensors(opened(x))).device)
+        lam = draw.lam if isinstance(draw.lam, float) else float64_on(draw.lam, next(tensors(y)).device)
         mixed = MixedTarget(map_tensors(partner.own, y), map_tensors(partner.of, y), lam, ready=self._ready(drawn))
         return x, mixed
 
@@ -183,10 +183,7 @@ class ManifoldMixup:
             S. Raises what ``mixup(x, y)`` raises on the first batch.
         """
         self._refuse_if_removed()
-        found = discover(self._root, args, kwargs)
-        self._attach(choose_layers(self._root, self._request, found), found)
-        assert self._layers is not None
-        return list(self._layers)
+        return self._find(args, kwargs)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -234,6 +231,20 @@ class ManifoldMixup:
         return copy
 
     # ---------------------------------------------------------------- how it is done
+
+    def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any], labels: int | None = None) -> list[str]:
+        found = discover(self._root, args, kwargs, labels)
+        self._attach(choose_layers(self._root, self._request, found), found)
+        return self.layers or []
+
+    def _size(self, x: Any, y: Any) -> int:
+        """How many rows are mixed: those of the targets, also where x has those of the nodes of their graphs."""
+        size, labels = sizes(x, y)
+        if size != labels and not self._regroups and self._layers is None and self.check:
+            self._regroups = joins_rows(self._root, x, labels)
+        if size != labels and (not self._regroups or self.pairing == "two-batches"):  # x has no halves to speak of
+            raise mismatch(size, tuple(next(tensors(y)).shape), halves=self._regroups)
+        return labels
 
     def _named(self) -> list[str] | None:
         """S as far as the arguments say it, in the names that it will have."""
@@ -342,9 +353,9 @@ class ManifoldMixup:
             # A tensor of its own for every layer: the compiler guards on which of them are the same.
             rows = partner.rows_out
             weights = {k: drawn.plans[k].own if k in drawn.plans else torch.ones(rows).double() for k in layers}
-            live.lam = {k: _float64_on(w, device) for k, w in weights.items() if isinstance(w, Tensor)}
+            live.lam = {k: float64_on(w, device) for k, w in weights.items() if isinstance(w, Tensor)}
         else:
-            lam = _float64_on(torch.tensor(draw.lam, dtype=torch.float64), device)
+            lam = float64_on(torch.tensor(draw.lam, dtype=torch.float64), device)
             live.lam = dict.fromkeys(layers, lam)
         live.armed = True
 
@@ -387,8 +398,3 @@ def _refuse_second(root: nn.Module) -> None:
                 f"{type(other._root).__name__} has a mixer already: {other!r}. Two would mix twice. "
                 "Call its remove() first."
             )
-
-
-def _float64_on(weights: Tensor, device: torch.device) -> Tensor:
-    """On the device, in float64 where it has that."""
-    return weights.to(device, torch.float32 if device.type == "mps" else torch.float64, non_blocking=True)

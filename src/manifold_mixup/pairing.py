@@ -12,7 +12,7 @@ from torch import Tensor
 
 from manifold_mixup.errors import BatchMismatch, PairingError
 
-__all__ = ["PAIRINGS", "Pairing", "Partner", "draw_lam", "draw_partner"]
+__all__ = ["PAIRINGS", "Pairing", "Partner", "draw_lam", "draw_partner", "float64_on"]
 
 PAIRINGS = ("random", "halves", "two-batches")
 Pairing = str | Callable[[Any, torch.Generator], Any]
@@ -178,3 +178,8 @@ def draw_lam(alpha: float, generator: torch.Generator, size: int = 1) -> Tensor:
     uniform = 1.0 - torch.rand((2, size), dtype=torch.float64, generator=generator)  # in (0, 1]
     log_gamma = gamma + uniform.log() / alpha
     return torch.sigmoid(log_gamma[0] - log_gamma[1])
+
+
+def float64_on(weights: Tensor, device: torch.device) -> Tensor:
+    """On the device, in float64 where it has that."""
+    return weights.to(device, torch.float32 if device.type == "mps" else torch.float64, non_blocking=True)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-__all__ = ["Path", "arguments", "at", "batch_size", "map_tensors", "packed", "paths", "replace_at", "tensors"]
+__all__ = ["Path", "arguments", "at", "batch_size", "map_tensors", "opened", "packed", "paths", "replace_at", "tensors"]
 
 Path = tuple[Any, ...]  # indices, keys and field names that lead to a tensor
 
@@ -100,9 +100,24 @@ def arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (x,), {}
     if isinstance(x, (tuple, list)):
         return tuple(x), {}
+    if _holds_graph(x):
+        return (x,), {}
     if hasattr(x, "keys"):
         return (), dict(x)
     return (x,), {}
+
+
+def _holds_graph(value: Any) -> bool:
+    """Whether this is a graph, or a batch of them, of PyTorch Geometric, which is not imported to find out."""
+    return any(kind.__name__ == "BaseData" for kind in type(value).__mro__)
+
+
+def opened(x: Any) -> Any:
+    """The tensors of a graph of PyTorch Geometric by name, states of nodes first, targets last; all else as it is."""
+    if not _holds_graph(x):
+        return x
+    content = x.to_dict()
+    return {key: content[key] for key in sorted(content, key=lambda key: (key in ("y", "_global_store"), key != "x"))}
 
 
 def packed(value: Any) -> bool:
@@ -112,4 +127,4 @@ def packed(value: Any) -> bool:
 
 def batch_size(value: Any) -> int | None:
     """Rows of the first tensor that has a first dimension; None where there is none."""
-    return next((t.shape[0] for t in tensors(value) if t.dim()), None)
+    return next((t.shape[0] for t in tensors(opened(value)) if t.dim()), None)

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from manifold_mixup.cutpoints import CutPoint
-from manifold_mixup.errors import BatchMismatch, UnsupportedModel
+from manifold_mixup.cutpoints import CutPoint, discover
+from manifold_mixup.errors import BatchMismatch, DataFlowLost, DiscoveryFailed, UnsupportedModel
 from manifold_mixup.pairing import PAIRINGS, Pairing
-from manifold_mixup.structure import batch_size, tensors
+from manifold_mixup.structure import arguments, batch_size, tensors
 
-__all__ = ["Layers", "common_size", "unwrap", "validate"]
+__all__ = ["Layers", "joins_rows", "mismatch", "sizes", "unwrap", "validate"]
 
 Layers = str | Sequence[str] | Callable[[list[CutPoint]], Sequence[str]]
 
@@ -74,17 +74,36 @@ def validate(
         raise TypeError(f"seed must be an integer or None, but is {seed!r}.")
 
 
-def common_size(x: Any, y: Any) -> int:
-    """Rows of a batch; BatchMismatch where inputs and targets disagree, or hold no tensor."""
+def sizes(x: Any, y: Any) -> tuple[int, int]:
+    """Rows of the inputs and of the targets; BatchMismatch where these disagree among themselves, or are none."""
     size = batch_size(x)
     if size is None:
         raise BatchMismatch("x holds no tensor with a batch dimension.")
-    for tensor in tensors(y):
-        if not tensor.dim() or tensor.shape[0] != size:
-            raise BatchMismatch(
-                f"x has {size} rows, but the targets have shape {tuple(tensor.shape)}. Give one target for every row "
-                "of x; views and pairs belong into a tuple x = (a, b) or into a dimension of their own."
-            )
-    if next(tensors(y), None) is None:
+    shapes = [tuple(tensor.shape) for tensor in tensors(y)]
+    if not shapes:
         raise BatchMismatch("y holds no tensor: the targets have to be tensors with one row per example.")
-    return size
+    for shape in shapes:
+        if shape[:1] != shapes[0][:1] or not shape:
+            raise mismatch(size, shape)
+    return size, shapes[0][0]
+
+
+def joins_rows(model: nn.Module, x: Any, labels: int) -> bool:
+    """Whether the model joins the rows of x, nodes of graphs, into as many as there are targets."""
+    try:
+        return discover(model, *arguments(x), labels).regroups
+    except (BatchMismatch, DataFlowLost, DiscoveryFailed):
+        return False
+
+
+def mismatch(size: int, shape: tuple[int, ...], *, halves: bool = False) -> BatchMismatch:
+    """The error for targets that are not those of x, or for two batches of graphs, which x does not hold in halves."""
+    if halves:
+        return BatchMismatch(
+            f"pairing='two-batches' takes the halves of x, but its {size} rows are not those of the {shape[0]} "
+            "targets. Where nodes form graphs, use pairing='random' or 'halves'."
+        )
+    return BatchMismatch(
+        f"x has {size} rows, but the targets have shape {shape}. Give one target for every row of x; views and pairs "
+        "belong into a tuple x = (a, b) or into a dimension of their own."
+    )

@@ -1,14 +1,13 @@
-"""Graph networks: rows are nodes, and they see each other through the edges.
+"""Graph networks with a class for every node: rows are nodes, which see each other through the edges.
 
 Mixing the states of nodes after layer k leaves the graph alone: what follows aggregates over the original edges. So the
-output for λ = 0 is not the output of the permuted nodes, unless the graph is relabelled as well; the two halves of the
-network run by hand are the reference throughout.
+output for λ = 0 is not the output of the permuted nodes, unless the graph is relabelled as well, and is refused unless
+it is asked for. The two halves of the network run by hand are the reference.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -24,98 +23,46 @@ from integration.exactness import (
     differ,
     mixture,
     order_of,
-    parameter_gradients,
     prepared,
     rows_of,
     set_lam,
+)
+from integration.graph_networks import (
+    CLASSES,
+    CONVOLUTIONS,
+    NODES,
+    Deeper,
+    NodeNet,
+    assert_same_gradients,
+    mixer,
+    names,
+    nodes,
+    refusal,
+    ring,
 )
 from manifold_mixup import ManifoldMixup, cut_points, errors
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it scripts some of its classes, which torch has deprecated
-    from torch_geometric.nn import GATConv, GCNConv, GINConv, SAGEConv, global_mean_pool
-
-NODES, GRAPHS, CLASSES = 8, 3, 3
+    from torch_geometric.nn import GCNConv, SAGEConv
 
 
-class NodeNet(nn.Module):
-    """A class for every node."""
-
-    def __init__(self, convolution: Callable[[int, int], nn.Module]) -> None:
-        super().__init__()
-        self.first, self.second, self.third = (convolution(a, b) for a, b in ((4, 6), (6, 6), (6, CLASSES)))
-
-    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
-        h = torch.tanh(self.first(x, edge_index))
-        return self.third(torch.tanh(self.second(h, edge_index)), edge_index)
+# ---------------------------------------------------------------- nodes, taken at one's word
 
 
-class MeanPool(nn.Module):
-    """Node states -> graph states."""
-
-    def forward(self, h: Tensor, batch: Tensor) -> Tensor:
-        return global_mean_pool(h, batch)
-
-
-class GraphNet(nn.Module):
-    """A class for every graph of a batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = GCNConv(4, 6), GCNConv(6, 6)
-        self.pool = MeanPool()
-        self.hidden, self.head = nn.Linear(6, 6), nn.Linear(6, CLASSES)
-
-    def forward(self, x: Tensor, edge_index: Tensor, batch: Tensor) -> Tensor:
-        h = torch.tanh(self.second(torch.tanh(self.first(x, edge_index)), edge_index))
-        return self.head(torch.tanh(self.hidden(self.pool(h, batch))))
-
-
-CONVOLUTIONS: dict[str, Callable[[int, int], nn.Module]] = {
-    "gcn": GCNConv,
-    "gat": GATConv,
-    "sage": SAGEConv,
-    "gin": lambda a, b: GINConv(nn.Sequential(nn.Linear(a, b), nn.Tanh(), nn.Linear(b, b))),
-}
-
-
-def ring(chord: bool = True) -> Tensor:
-    """Edges of a ring, with or without a chord, both ways."""
-    start = torch.cat([torch.arange(NODES), torch.zeros(int(chord)).long()])
-    end = torch.cat([(torch.arange(NODES) + 1) % NODES, torch.full((int(chord),), 3)])
-    return torch.stack([torch.cat([start, end]), torch.cat([end, start])])
-
-
-def nodes() -> tuple[Tensor, Tensor]:
-    return torch.randn(NODES, 4, dtype=torch.float64), ring()
-
-
-def graphs() -> tuple[Tensor, Tensor, Tensor]:
-    return (*nodes(), torch.tensor([0, 0, 0, 1, 1, 2, 2, 2]))
-
-
-def mixer(model: nn.Module, layer: str, n: int, check: bool = False) -> ManifoldMixup:
-    return ManifoldMixup(model, layers=[layer], check=check, pairing=lambda y, generator: order_of(n), seed=0)
-
-
-# ---------------------------------------------------------------- nodes
-
-
-@pytest.mark.parametrize("proven", [True, False])
 @pytest.mark.parametrize("layer", ["input", "first", "second"])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_states_of_nodes_are_mixed_and_aggregation_goes_on_over_the_same_graph(name, layer, proven, monkeypatch):
+def test_without_the_check_states_of_nodes_are_mixed_and_aggregation_goes_on(name, layer, monkeypatch):
     set_lam(monkeypatch, LAM)
     model, x, partner = prepared(NodeNet(CONVOLUTIONS[name])), nodes(), order_of(NODES)
-    mixup = mixer(model, layer, NODES, proven)
+    mixup = mixer(model, layer, NODES, check=False)
     inputs, _ = mixup(x, torch.arange(NODES) % CLASSES)
     output = call(model, inputs)
     mixup.remove()
     twin = by_hand(model, x, layer, mixture(LAM, partner), NODES)
     assert_equal(output, twin)
     assert differ(output, call(model, x))
-    for mine, reference in zip(parameter_gradients(model, output), parameter_gradients(model, twin), strict=True):
-        torch.testing.assert_close(mine, reference, rtol=1e-8, atol=1e-8)
+    assert_same_gradients(model, output, twin)
 
 
 @pytest.mark.parametrize("chord", [False, True])
@@ -124,7 +71,7 @@ def test_lam_zero_is_the_permuted_output_only_where_the_graph_looks_the_same_fro
     set_lam(monkeypatch, 0.0)
     model, x, edges = prepared(NodeNet(GCNConv)), nodes()[0], ring(chord)
     plain = model(x, edges)
-    mixup = mixer(model, "first", NODES)
+    mixup = mixer(model, "first", NODES, check=False)
     mixup((x, edges), torch.arange(NODES))
     assert differ(model(x, edges), plain[order_of(NODES)]) == chord
 
@@ -154,13 +101,56 @@ def test_only_training_nodes_are_paired_where_the_pairing_says_so(monkeypatch):
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
 
 
+def test_the_name_of_a_layer_is_checked_all_the_same():
+    with pytest.raises(errors.LayerNotFound, match="first"):
+        ManifoldMixup(NodeNet(GCNConv), layers=["frist"], check=False)
+
+
+# ---------------------------------------------------------------- nodes, checked
+
+
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_layers_are_found_on_the_whole_graph(name):
-    """Two nodes cannot be cut out of a graph: the edges name the others."""
-    model = NodeNet(CONVOLUTIONS[name]).double()
-    assert {"input", "first", "second", "third"} <= {p.name for p in cut_points(model, *nodes())}
-    layers = ManifoldMixup(model, seed=0).discover(*nodes())
-    assert [layer.split(".")[0] for layer in layers] == ["input", "first", "second"]
+def test_layers_before_the_last_message_passing_are_refused_for_what_follows(name):
+    model, x = NodeNet(CONVOLUTIONS[name]).double(), nodes()
+    assert {point.split(".")[0] for point in names(model, *x)} == {"third"}
+    for layer, start in (("input", "first"), ("first", "second"), ("second", "third")):
+        message = str(refusal(model, layer, x))
+        assert f"its {NODES} rows are nodes that exchange messages behind it, in '{start}' (index_select" in message
+        assert "labels of the others would not be in the mixed target" in message
+        assert "readout" in message
+        assert "GraphMix" in message
+        assert "check=False" in message
+    assert refusal(model, "first", x).reason.endswith("and last in 'third' (scatter_add_).")
+
+
+def test_nothing_is_chosen_where_nothing_but_the_output_is_left():
+    with pytest.raises(errors.RowsExchange, match="'third', behind which there is nothing left to learn.*GraphMix"):
+        ManifoldMixup(NodeNet(GCNConv).double())(nodes(), torch.arange(NODES))
+
+
+def test_the_data_flow_tells_where_no_value_would():
+    """No edges in this batch, and weights that are zero: the messages of the next one go all the same way."""
+    model = NodeNet(lambda a, b: SAGEConv(a, b, bias=False)).double()
+    nn.init.zeros_(model.third.lin_l.weight)
+    for edges in (ring(), torch.empty(2, 0, dtype=torch.long)):
+        assert "'third' (index_select" in str(refusal(model, "second", (nodes()[0], edges)))
+    alone = (torch.randn(1, 4).double(), torch.zeros(2, 1, dtype=torch.long))
+    assert "its 1 rows are nodes" in str(refusal(model, "second", alone, 1))
+
+
+@pytest.mark.parametrize("layer", ["third", "hidden"])
+def test_behind_the_last_message_passing_states_of_nodes_are_mixed(layer, monkeypatch):
+    set_lam(monkeypatch, LAM)
+    model, x, partner = prepared(Deeper()), nodes(), order_of(NODES)
+    assert names(model, *x) == ["third.aggr_module", "third", "hidden", "head"]
+    assert ManifoldMixup(Deeper().double()).discover(*x) == ["third", "hidden"]
+    mixup = mixer(model, layer, NODES)
+    mixup(x, torch.arange(NODES) % CLASSES)
+    output = model(*x)
+    mixup.remove()
+    twin = by_hand(model, x, layer, mixture(LAM, partner), NODES)
+    assert_equal(output, twin)
+    assert_same_gradients(model, output, twin)
 
 
 class Jumping(NodeNet):
@@ -178,75 +168,10 @@ class Jumping(NodeNet):
 
 def test_a_layer_that_is_read_again_at_the_end_goes_past_the_others():
     model = Jumping().double()
-    names = {p.name for p in cut_points(model, *nodes())}
-    assert {"input", "first", "head"} <= names
-    assert not {"second", "third"} & names
-    with pytest.raises(errors.NotACutPoint, match="reaches the model's own forward"):
-        ManifoldMixup(model, layers=["second"])(nodes(), torch.arange(NODES))
-
-
-class ByHand(nn.Module):
-    """Aggregates along edges without any layer that shows that its rows are nodes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, CLASSES)
-
-    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
-        h = torch.tanh(self.first(x))
-        return self.second(torch.zeros_like(h).index_add(0, edge_index[1], h[edge_index[0]]))
-
-
-def test_a_graph_that_does_not_look_like_one_fails_with_what_to_do():
-    with pytest.raises(errors.DiscoveryFailed, match=r"layers=\[\.\.\.\], check=False"):
-        cut_points(ByHand().double(), *nodes())
-
-
-def test_the_name_of_a_layer_is_checked_all_the_same():
-    with pytest.raises(errors.LayerNotFound, match="first"):
-        ManifoldMixup(NodeNet(GCNConv), layers=["frist"], check=False)
-
-
-# ---------------------------------------------------------------- graphs
-
-
-def test_states_of_graphs_are_mixed_after_the_pooling(monkeypatch):
-    """One row per graph from there on. The inputs have one per node, so the rows are given by the labels."""
-    set_lam(monkeypatch, LAM)
-    model, x, y, partner = prepared(GraphNet()), graphs(), torch.arange(GRAPHS), order_of(GRAPHS)
-    for layer in ("pool", "hidden"):
-        mixup = mixer(model, layer, GRAPHS)
-        _, target = mixup(y, y)
-        output = model(*x)
-        loss = F.cross_entropy(output, target)
-        mixup.remove()
-        twin = by_hand(model, x, layer, mixture(LAM, partner), GRAPHS)
-        assert_equal(output, twin)
-        expected = LAM * F.cross_entropy(twin, y) + (1 - LAM) * F.cross_entropy(twin, y[partner])
-        torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
-
-
-def test_lam_zero_after_the_pooling_is_the_batch_of_graphs_in_another_order(monkeypatch):
-    set_lam(monkeypatch, 0.0)
-    model, x, y = prepared(GraphNet()), graphs(), torch.arange(GRAPHS)
-    plain = model(*x)
-    mixup = mixer(model, "pool", GRAPHS)
-    mixup(y, y)
-    assert_equal(model(*x), plain[order_of(GRAPHS)])
-
-
-def test_a_layer_before_the_pooling_has_other_rows_and_is_refused():
-    model, x, y = prepared(GraphNet()), graphs(), torch.arange(GRAPHS)
-    mixup = mixer(model, "first", GRAPHS)
-    mixup(y, y)
-    with pytest.raises(errors.BatchMismatch, match=rf"'first'.*no floating tensor with the batch's {GRAPHS} rows"):
-        model(*x)
-
-
-def test_nodes_as_x_and_one_label_per_graph_do_not_fit():
-    model = prepared(GraphNet())
-    with pytest.raises(errors.BatchMismatch, match=rf"x has {NODES} rows.*{GRAPHS}"):
-        mixer(model, "pool", GRAPHS)(graphs(), torch.arange(GRAPHS))
+    assert names(model, *nodes()) == ["head"]
+    with pytest.raises(errors.NotACutPoint, match="reaches the model's own forward") as caught:
+        ManifoldMixup(model, layers=["third"])(nodes(), torch.arange(NODES))
+    assert not isinstance(caught.value, errors.RowsExchange)
 
 
 # ---------------------------------------------------------------- dense graphs: rows are graphs, nothing is special

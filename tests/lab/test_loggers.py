@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lab.small import DIGITS, SPIRAL, experiment, one_run, train, train_images
 from lab.test_cli import RECIPE
 from lab.test_training import PowerCut, cut_at, stop_at
-from manifold_mixup.lab import cli, loggers
+from manifold_mixup.lab import cli, loggers, storage
 from manifold_mixup.lab import run as run_module
 from manifold_mixup.lab.errors import Interrupted, MissingExtra, StorageError, UsageError
 from manifold_mixup.lab.experiment import Settings, run_experiments
@@ -90,6 +90,38 @@ def test_without_a_validation_split_there_are_no_such_columns(tmp_path):
     check_that_all_logs_agree(tmp_path)
     assert list(table(tmp_path)[0]) == ["step", "epoch", "train_loss", "lr"]
     assert set(events(tmp_path)) == {"train/loss", "train/lr"}
+
+
+PARTS = [
+    {"step": 1, "epoch": 1.0, "train_loss": 0.5, "graph_loss": 0.5, "lr": 0.1},
+    {"step": 2, "epoch": 2.0, "train_loss": 0.4, "labelled_loss": 0.3, "unlabelled_weight": 0.1, "lr": 0.1},
+    {"step": 3, "epoch": 3.0, "train_loss": 0.1 + 0.2, "graph_loss": 1e-7, "lr": 0.1},
+    {"step": 4, "epoch": 4.0, "train_loss": 0.2, "lr": 0.1, "labelled_loss": 0.25},
+]
+
+
+@pytest.mark.parametrize("resumed", range(5))
+def test_numbers_that_come_later_or_are_missing_in_some_lines(tmp_path, resumed):
+    """Parts of a loss: a line has those that a step had since the line before."""
+    with open_loggers(BOTH, tmp_path) as opened:
+        for done in range(5):
+            if done in (0, resumed):
+                for logger in opened:
+                    logger.resume(PARTS[:done])
+            if done < 4:
+                storage.append(tmp_path / "log.jsonl", json.dumps(PARTS[done]) + "\n")
+                for logger in opened:
+                    logger.log(PARTS[done])
+    with (tmp_path / "log.csv").open(newline="") as file:
+        head, *rows = csv.reader(file)
+    assert head == ["step", "epoch", "train_loss", "graph_loss", "lr", "labelled_loss", "unlabelled_weight"]
+    found = [{k: json.loads(cell) for k, cell in zip(head, row, strict=True) if cell} for row in rows]
+    assert found == PARTS
+    shown = events(tmp_path)
+    for key in ("graph_loss", "labelled_loss", "unlabelled_weight"):
+        expected = [(line["step"], float(np.float32(line[key]))) for line in PARTS if key in line]
+        assert [(event.step, event.value) for event in shown[f"train/{key}"]] == expected
+    assert set(shown) == {f"train/{key}" for key in ("loss", "lr", "graph_loss", "labelled_loss", "unlabelled_weight")}
 
 
 @pytest.mark.parametrize("step", range(1, 13))

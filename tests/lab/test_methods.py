@@ -78,7 +78,7 @@ ON = [
     ("batch_norm", {}),
 ]
 
-SUPERVISED = [name for name, method in METHODS.items() if "classification" in method.tasks]  # others: in their own tests
+SUPERVISED = [name for name, method in METHODS.items() if "classification" in method.tasks]
 IMAGES = {"cutmix", "cutout"}  # methods that read images alone
 BUILT_IN = {"dropout", "batch_norm"}  # methods that need a network with such an option
 SMALL = {"cutout": {"size": 3}, "cutmix": {"probability": 1.0}}  # options for images of 8x8 pixels and few batches

@@ -196,7 +196,7 @@ METHOD = {
     "strength": 0.1,
     "alpha_unlabelled": 0.3,
     "weight": 7.0,
-    "ramp": 0.1,
+    "ramp": 1.0,
     "targets": "probabilities",
     "target_mode": "eval",
     "decay": 0.3,

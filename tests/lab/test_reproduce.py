@@ -253,6 +253,45 @@ def test_places_of_a_machine_leave_a_command():
 # ---------------------------------------------------------------- the studies of the package
 
 
+BEST = """
+title = "Table 0"
+source = "nobody"
+[[panels]]
+title = "digits, MLP"
+recipes = { desk = "small" }
+columns = [
+  { metric = "test_error", complement = true, weights = "best" },
+  { metric = "test_error", complement = true },
+]
+rows = [{ label = "none" }, { label = "hidden only" }]
+claims = [{ better = "hidden only", than = "none", metrics = ["test_error"], weights = "best" }]
+"""
+
+
+def test_a_column_and_a_claim_can_be_of_the_weights_that_were_best_on_validation_data(study, tmp_path):
+    (studies.STUDIES / "table0.toml").write_text(BEST)
+    pieces = plan(load_study("table0"), "desk")
+    reproduce(pieces, "desk", Settings(tmp_path))
+    panel, results = pieces[0].panel, pieces[0].results
+    grid = panel_grid(panel, results, "desk")
+    assert grid.head[1:3] == ["test accuracy, best on validation (%), desk", "test accuracy (%), desk"]
+    for row, label in zip(grid.rows, ("none", "hidden only"), strict=True):
+        for cell, weights in zip(row[1:3], ("best", "metrics"), strict=True):
+            errors = [getattr(r.record, weights)["test_error"] for r in results if r.record.label == label]
+            assert cell.split(" ± ")[0] == f"{100 - sum(errors) / len(errors):.2f}"
+    (verdict,) = verdicts(panel, results)
+    assert verdict.claim == "digits, MLP, test error, best on validation: hidden only is lower than none"
+    own = [by_seed(results, label, "test_error", "best") for label in ("hidden only", "none")]
+    differences = [own[0][seed] - own[1][seed] for seed in own[0]]
+    assert verdict.difference.mean == pytest.approx(sum(differences) / len(differences))
+
+
+def test_a_claim_about_weights_that_no_column_shows_is_named(study):
+    (studies.STUDIES / "table0.toml").write_text(BEST.replace('complement = true, weights = "best"', "complement = true"))
+    with pytest.raises(RecipeError, match="no column shows 'test_error' of the best weights"):
+        load_study("table0")
+
+
 @pytest.mark.parametrize("name", study_files())
 def test_every_study_is_whole(name):
     study = load_study(name)

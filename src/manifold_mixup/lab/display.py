@@ -31,6 +31,7 @@ from manifold_mixup.lab.data.base import DataInfo
 from manifold_mixup.lab.measures.catalog import MAIN, OWN, describe
 from manifold_mixup.lab.options import Options
 from manifold_mixup.lab.records import Failure, Record
+from manifold_mixup.lab.selection import score
 from manifold_mixup.lab.statistics import format_mean_sd, paired_difference, summary
 
 if TYPE_CHECKING:
@@ -204,14 +205,17 @@ def _values(by_seed: Mapping[int, Mapping[str, float | None]], name: str) -> dic
 
 
 def single(record: Record) -> Table:
-    """All metrics of one run, of the last weights and of the best on validation."""
+    """All metrics of one run, of the last weights and, with a validation split, of those that did best on it."""
     table = Table(title=escape(f"{record.data}, {record.model}, {record.label}, seed {record.seed}"))
     table.add_column("metric")
     table.add_column("last weights", justify="right")
-    table.add_column(f"best on validation (step {record.train.get('best_step')})", justify="right")
+    if record.best:
+        table.add_column(
+            f"lowest validation {score(record.train)} (step {record.train.get('best_step')})", justify="right"
+        )
     for name, value in record.metrics.items():
-        best = record.best.get(name)
-        table.add_row(name, *("-" if v is None else f"{v:.4f}" for v in (value, best)))
+        values = [value, *([record.best.get(name)] if record.best else [])]
+        table.add_row(name, *("-" if v is None else f"{v:.4f}" for v in values))
     return table
 
 

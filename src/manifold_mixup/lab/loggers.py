@@ -28,10 +28,10 @@ __all__ = ["LOGGERS", "CsvLogger", "Logger", "TensorBoardLogger", "check", "open
 
 TAGS = {  # TensorBoard's names; it groups them by what is before the slash
     "train_loss": "train/loss",
-    "lr": "train/lr",
     "validation_error": "validation/error",
     "validation_nll": "validation/nll",
 }
+AXES = ("step", "epoch")  # all else in a line is a number of the training, such as lr or a part of a method's loss
 
 
 class Logger(Protocol):
@@ -48,7 +48,7 @@ class Logger(Protocol):
         """
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Add a line.
+        """Add a line, which ``log.jsonl`` holds already.
 
         Raises:
             StorageError: The folder cannot be written.
@@ -66,7 +66,7 @@ class Logger(Protocol):
 
 
 class CsvLogger:
-    """``log.csv``: the columns of ``log.jsonl``, in its order.
+    """``log.csv``: the columns of ``log.jsonl``, in the order in which they came; empty where a line lacks one.
 
     Args:
         folder: Folder of the run.
@@ -75,14 +75,15 @@ class CsvLogger:
     package: str | None = None
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / "log.csv"
+        self._log, self._path = folder / "log.jsonl", folder / "log.csv"
         self._columns: list[str] = []
 
     def resume(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Write the file anew; without lines there is none yet."""
-        self._columns = []
+        self._columns = list(dict.fromkeys(name for line in lines for name in line))
         if lines:
-            storage.write_atomically(self._path, self._table(lines).encode())
+            header = dict(zip(self._columns, self._columns, strict=True))
+            storage.write_atomically(self._path, self._table([header, *lines]).encode())
             return
         try:
             self._path.unlink(missing_ok=True)
@@ -90,8 +91,11 @@ class CsvLogger:
             raise StorageError(self._path, error) from error
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Add a line."""
-        storage.append(self._path, self._table([line]))
+        """Add a line; a column that no line had before is one of the whole table."""
+        if line.keys() <= set(self._columns):
+            storage.append(self._path, self._table([line]))
+        else:
+            self.resume(read(self._log))
 
     def finish(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Nothing: the metrics are no line of the log."""
@@ -100,13 +104,9 @@ class CsvLogger:
         """Nothing: the file is open only while it is written."""
 
     def _table(self, lines: Sequence[Mapping[str, Any]]) -> str:
-        """The lines as CSV, below the header if there was none yet. Numbers read back as they are in ``log.jsonl``."""
+        """The lines as CSV. Numbers read back as they are in ``log.jsonl``."""
         text = io.StringIO()
-        writer = csv.DictWriter(text, self._columns or list(lines[0]), lineterminator="\n")
-        if not self._columns:
-            self._columns = list(lines[0])
-            writer.writeheader()
-        writer.writerows(lines)
+        csv.DictWriter(text, self._columns, lineterminator="\n").writerows(lines)
         return text.getvalue()
 
 
@@ -165,7 +165,8 @@ class TensorBoardLogger:
             self._file = None
 
     def _write_line(self, line: Mapping[str, Any], wall_time: float | None = None) -> None:
-        self._write_scalars(line["step"], {tag: line[name] for name, tag in TAGS.items() if name in line}, wall_time)
+        numbers = {TAGS.get(name, f"train/{name}"): value for name, value in line.items() if name not in AXES}
+        self._write_scalars(line["step"], numbers, wall_time)
 
     def _write_scalars(self, step: int, values: Mapping[str, float], wall_time: float | None = None) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary

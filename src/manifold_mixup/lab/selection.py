@@ -7,11 +7,20 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-__all__ = ["Best", "Choice"]
+__all__ = ["Best", "Choice", "score"]
 
 Choice = Literal["validation_nll", "validation_error"]
 """What the best weights have the least of. Of equal NLLs the first counts; of equal errors, which are frequent, the
 last one does: the longer training is worth more."""
+
+
+def score(train: Mapping[str, Any]) -> str:
+    """What a record's best weights had the least of, in people's words; NLL in those from before there was a choice.
+
+    Args:
+        train: ``Record.train``.
+    """
+    return "error" if train.get("best_by") == "validation_error" else "NLL"
 
 
 class Best:

@@ -281,6 +281,7 @@ class _Loop:
             "step": self.step,
             "epoch": round(self.step / self.per_epoch, 4),
             "train_loss": self.loss_sum / self.loss_count,
+            **self.method.logged(),
             "lr": self.schedule.get_last_lr()[0],
         }
         self.loss_sum, self.loss_count = 0.0, 0

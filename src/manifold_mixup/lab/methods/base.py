@@ -119,6 +119,10 @@ class Method(Generic[OptionsT]):
     def after_step(self) -> None:
         """Whatever follows an update of the weights, such as moving a teacher's."""
 
+    def logged(self) -> dict[str, float]:
+        """Numbers for the next line of the run's log, by name: means over the steps since the last call."""
+        return {}
+
     def detach(self) -> None:
         """Leave no trace on the network."""
 

@@ -13,6 +13,7 @@ from manifold_mixup.lab.errors import UsageError
 from manifold_mixup.lab.methods.base import Batch, BatchTransform, Criterion, Forward, StepMethod
 from manifold_mixup.lab.methods.mixing_log import MixingLog
 from manifold_mixup.lab.methods.ramp import ramp
+from manifold_mixup.lab.methods.tally import Tally
 from manifold_mixup.lab.methods.unlabelled import single
 from manifold_mixup.lab.options import Options
 from manifold_mixup.lab.streams import generator, stream_seed
@@ -97,6 +98,7 @@ class GraphMix(StepMethod[GraphMixOptions]):
         self._coin = generator(seed, "coin")
         self._log = MixingLog("batches")
         self._log.know([LAYER])
+        self._tally = Tally("graph_loss", "labelled_loss", "unlabelled_loss")
         self._mixup = ManifoldMixup(self._twin, self.options.alpha, [LAYER], seed=stream_seed(seed, "mixing"))
         return super().attach(model, hidden, seed)
 
@@ -109,10 +111,10 @@ class GraphMix(StepMethod[GraphMixOptions]):
         options = self.options
         self._check(batch)
         if options.coin == "both":
-            return criterion(forward(batch.x), batch.y) + self._features_loss(forward, batch)
+            return self._graph_loss(forward, criterion, batch) + self._features_loss(forward, batch)
         if float(torch.rand((), generator=self._coin)) < options.features_share:
             return self._features_loss(forward, batch)
-        return criterion(forward(batch.x), batch.y)
+        return self._graph_loss(forward, criterion, batch)
 
     def _check(self, batch: Batch) -> None:
         u = batch.unlabelled
@@ -124,15 +126,23 @@ class GraphMix(StepMethod[GraphMixOptions]):
                 "train it in the task 'node_classification', or with gamma=0"
             )
 
+    def _graph_loss(self, forward: Forward, criterion: Criterion, batch: Batch) -> Tensor:
+        """The recipe's loss of the network on the labelled nodes."""
+        loss = criterion(forward(batch.x), batch.y)
+        self._tally.add("graph_loss", loss)
+        return loss
+
     def _features_loss(self, forward: Forward, batch: Batch) -> Tensor:
         """The loss of the twin on labelled nodes, and on unlabelled ones if they count."""
         options, u = self.options, batch.unlabelled
         if options.gamma == 0:
-            return self._mixed_loss(batch.x, batch.y)
+            return self._mixed_loss("labelled_loss", batch.x, batch.y)
         assert u is not None
         guessed = self._pseudo_labels(forward, u)
         weight = options.gamma * ramp(batch.step, options.ramp_start, options.ramp_steps)
-        return self._mixed_loss(batch.x, batch.y) + weight * self._mixed_loss(u, guessed)
+        self._tally.set("unlabelled_weight", weight)
+        labelled = self._mixed_loss("labelled_loss", batch.x, batch.y)
+        return labelled + weight * self._mixed_loss("unlabelled_loss", u, guessed)
 
     def _pseudo_labels(self, forward: Forward, nodes: Tensor) -> Tensor:
         """The sharpened mean of what the network on the graph predicts, each time with another dropout mask."""
@@ -140,15 +150,24 @@ class GraphMix(StepMethod[GraphMixOptions]):
             logs = [single(forward(nodes)).log_softmax(dim=1) for _ in range(self.options.predictions)]
             return sharpened(torch.stack(logs), self.options.temperature)
 
-    def _mixed_loss(self, nodes: Tensor, y: Tensor) -> Tensor:
-        """The twin's loss on nodes of one kind, mixed with each other."""
+    def _mixed_loss(self, name: str, nodes: Tensor, y: Tensor) -> Tensor:
+        """The twin's loss on nodes of one kind, mixed with each other; ``name`` is what the log calls it."""
         assert self._mixup is not None
         self._twin.train()
         nodes, target = self._mixup(nodes, y)
         draw = self._mixup.last
         assert draw is not None
         self._log.note(draw, len(nodes), certain=self.options.alpha > 0)
-        return self._loss(self._twin(nodes), target)
+        loss = self._loss(self._twin(nodes), target)
+        self._tally.add(name, loss)
+        return loss
+
+    def logged(self) -> dict[str, float]:
+        """The parts of the loss, that of the unlabelled nodes before its weight, and the weight it had last.
+
+        Those that a step had since the last call: a step on the graph has one, a step of the twin the others.
+        """
+        return {} if self._mixup is None else self._tally.read()
 
     def detach(self) -> None:
         """Take the mixer's hooks off the twin."""
@@ -156,13 +175,14 @@ class GraphMix(StepMethod[GraphMixOptions]):
             self._mixup.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the coin and of the mixer, and what it drew so far."""
+        """The state of the coin and of the mixer, what it drew so far, and what is to be logged."""
         if self._mixup is None:
             return {}
         return {
             "coin": self._coin.get_state(),
             "mixer": self._mixup.state_dict(),
             "mixing": self._log.state_dict(),
+            "tally": self._tally.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -171,6 +191,7 @@ class GraphMix(StepMethod[GraphMixOptions]):
             self._coin.set_state(state["coin"])
             self._mixup.load_state_dict(state["mixer"])
             self._log.load_state_dict(state["mixing"])
+            self._tally.load_state_dict(state["tally"])
 
     def facts(self) -> dict[str, Any]:
         """Where the twin was mixed, how often and with which λ, labelled and unlabelled batches counted alike."""

@@ -22,6 +22,7 @@ from manifold_mixup.lab.methods.base import (
 )
 from manifold_mixup.lab.methods.mixing_log import MixingLog
 from manifold_mixup.lab.methods.ramp import ramp
+from manifold_mixup.lab.methods.tally import Tally
 from manifold_mixup.lab.options import Options
 from manifold_mixup.mixup import ManifoldMixup
 from manifold_mixup.target import MixedTarget
@@ -79,6 +80,7 @@ class UnlabelledMixing(StepMethod[SettingsT], ABC):
     def attach(self, model: nn.Module, hidden: Sequence[str], seed: int) -> BatchTransform:
         """Attach the mixer; the transform leaves batches as they are, since a step mixes them itself."""
         self._labelled, self._unlabelled = MixingLog("batches"), MixingLog("batches")
+        self._tally = Tally("labelled_loss", "unlabelled_loss")
         self._mixup = ManifoldMixup(model, self.options.alpha, self.options.layers, seed=seed)
         return super().attach(model, hidden, seed)
 
@@ -96,6 +98,7 @@ class UnlabelledMixing(StepMethod[SettingsT], ABC):
             )
         x, target = self._mix(batch.x, batch.y, options.alpha, self._labelled)
         loss = criterion(forward(x), target)
+        self._tally.add("labelled_loss", loss)
         if options.weight == 0:
             return loss
         assert self._mixup is not None
@@ -104,7 +107,10 @@ class UnlabelledMixing(StepMethod[SettingsT], ABC):
         u, guess = self._mix(u, guessed, options.alpha_unlabelled, self._unlabelled)
         output = forward(u)  # before the mixed targets may be read
         weight = options.weight * ramp(batch.step, 0, options.ramp * batch.steps)
-        return loss + weight * self.distance(single(output), guess.soft())
+        distance = self.distance(single(output), guess.soft())
+        self._tally.add("unlabelled_loss", distance)
+        self._tally.set("unlabelled_weight", weight)
+        return loss + weight * distance
 
     def _mix(self, x: Tensor, y: Tensor, alpha: float, log: MixingLog) -> tuple[Tensor, MixedTarget]:
         """Mix a batch with weights from Beta(alpha, alpha), and count what was drawn."""
@@ -119,17 +125,21 @@ class UnlabelledMixing(StepMethod[SettingsT], ABC):
             log.note(draw, len(y), certain=bool(layers) and alpha > 0)
         return mixed
 
+    def logged(self) -> dict[str, float]:
+        """The two parts of the loss, that of the unlabelled examples before its weight, and the weight it had last."""
+        return {} if self._mixup is None else self._tally.read()
+
     def detach(self) -> None:
         """Take the mixer's hooks off the network."""
         if self._mixup is not None:
             self._mixup.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """The mixer's generator and the layers it found, and what it drew so far."""
+        """The mixer's generator and the layers it found, what it drew so far, and what is to be logged."""
         if self._mixup is None:
             return {}
         logs = {"labelled": self._labelled.state_dict(), "unlabelled": self._unlabelled.state_dict()}
-        return {"mixer": self._mixup.state_dict(), **logs}
+        return {"mixer": self._mixup.state_dict(), **logs, "tally": self._tally.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state."""
@@ -137,6 +147,7 @@ class UnlabelledMixing(StepMethod[SettingsT], ABC):
             self._mixup.load_state_dict(state["mixer"])
             self._labelled.load_state_dict(state["labelled"])
             self._unlabelled.load_state_dict(state["unlabelled"])
+            self._tally.load_state_dict(state["tally"])
             self._resumed = state["mixer"]["layers"]
 
     def facts(self) -> dict[str, Any]:

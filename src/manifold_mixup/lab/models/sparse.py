@@ -1,8 +1,8 @@
 """Products of a constant sparse matrix with a dense one, whose backward costs as much as their forward.
 
 A matrix is kept row by row. Such a product is a sum of weighted rows for every row of the matrix, which is what
-``embedding_bag`` computes, on every device and always in the same order. Its own backward, and that of
-``torch.sparse.mm``, sort or transpose the matrix anew each time, which takes ten times as long as the product.
+``embedding_bag`` computes. Its own backward, and that of ``torch.sparse.mm``, sort or transpose the matrix anew each
+time, which takes ten times as long as the product on a CPU.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from pathlib import Path
 from manifold_mixup.lab.methods import METHODS
 from manifold_mixup.lab.report.collect import Experiment
 from manifold_mixup.lab.report.findings import listed
+from manifold_mixup.lab.results import Weights
 from manifold_mixup.lab.side_by_side import Grid, panel_grid, printed, verdicts
 from manifold_mixup.lab.studies import Panel, Scale, Study, load_study, study_files
 from manifold_mixup.lab.verdict import Verdict
@@ -35,17 +36,21 @@ def _panels_of(files: tuple[tuple[str, Path], ...]) -> Mapping[str, tuple[Part, 
     return found
 
 
-def published_twins(experiment: Experiment) -> dict[tuple[str, str], str]:
+def published_twins(experiment: Experiment, weights: Weights = "last") -> dict[tuple[str, str], str]:
     """Published numbers as printed, by label of the method and name of the measure, for the same network.
 
     Of several published tables that hold one, the first counts; the grids of :func:`published_grids` have all, those of
     other networks among them.
+
+    Args:
+        experiment: The runs.
+        weights: Which of our weights they stand beside, as the columns of the published tables say.
     """
     found: dict[tuple[str, str], str] = {}
     for _, panel, _ in _panels().get(experiment.name, ()):
         for row in panel.rows:
             for column in panel.columns:
-                if column.relative or column.complement:
+                if column.relative or column.complement or column.weights != weights:
                     continue
                 entry = panel.twin(row, column)
                 if entry is not None and _plain(entry.network) == _plain(experiment.model):

@@ -116,6 +116,7 @@ class Going:
         step: Steps it has made, as far as its log and its checkpoint know.
         steps: All steps; None if that depends on the data.
         log: As :attr:`Run.log`.
+        task: Name of what is learned.
     """
 
     experiment: str
@@ -127,6 +128,7 @@ class Going:
     step: int = 0
     steps: int | None = None
     log: tuple[Mapping[str, Any], ...] = ()
+    task: str = "classification"
 
 
 @dataclass
@@ -200,6 +202,11 @@ class Experiment:
     def going(self) -> list[Going]:
         """All unfinished runs."""
         return [going for method in (*self.methods, *self.waiting) for going in method.going]
+
+    @property
+    def tasks(self) -> set[str]:
+        """Names of what is learned: one, unless runs of several tasks share a name, a data set and a network."""
+        return {run.record.task for run in self.runs} | {going.task for going in self.going}
 
     def measures(self, *, best: bool = False) -> tuple[list[str], list[str]]:
         """The names of the measures that the page is about, and those of all others, each in a fixed order."""

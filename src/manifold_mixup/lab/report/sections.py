@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from manifold_mixup.lab.errors import CorruptedFile, StorageError
 from manifold_mixup.lab.measures.catalog import describe
 from manifold_mixup.lab.report.beside import claims, published_grids, published_twins
-from manifold_mixup.lab.report.collect import Experiment, Run, settings_of
+from manifold_mixup.lab.report.collect import Experiment
+from manifold_mixup.lab.report.configuration import cost_table, facts, methods_table, runs_table
 from manifold_mixup.lab.report.figures.confusion import Mistakes, confusion_plots, mistakes
-from manifold_mixup.lab.report.figures.curves import curve_plots
+from manifold_mixup.lab.report.figures.curves import curve_plots, part_plots
 from manifold_mixup.lab.report.figures.mixing import mixing_plots
 from manifold_mixup.lab.report.figures.reliability import reliability_plots
 from manifold_mixup.lab.report.figures.seeds import seeds_plots
@@ -20,12 +20,12 @@ from manifold_mixup.lab.report.figures.spectra import spectra_plots
 from manifold_mixup.lab.report.figures.spiral import spiral_plots
 from manifold_mixup.lab.report.figures.strength import strength_plots
 from manifold_mixup.lab.report.figures.style import SERIES, Plot
-from manifold_mixup.lab.report.findings import Finding, findings, number, remarks, verdict
+from manifold_mixup.lab.report.findings import Finding, findings, listed, remarks, verdict
 from manifold_mixup.lab.report.pictures import chosen_runs, read_pictures
-from manifold_mixup.lab.report.tables import NOTHING, Plain, Table, main_table, plain
+from manifold_mixup.lab.report.tables import Plain, Table, main_table, plain
 from manifold_mixup.lab.results import public_command
-from manifold_mixup.lab.side_by_side import duration, summed_up
-from manifold_mixup.lab.statistics import format_mean_sd, summary
+from manifold_mixup.lab.selection import score
+from manifold_mixup.lab.side_by_side import summed_up
 
 __all__ = ["Card", "Drawn", "Section", "section"]
 
@@ -113,13 +113,13 @@ def section(experiment: Experiment, index: int, description: str = "") -> Sectio
     """
     main, others = experiment.measures()
     best_main, best_others = experiment.measures(best=True)
-    twins = published_twins(experiment)
-    best = "Weights with the best validation score"
+    twins, best_twins = published_twins(experiment), published_twins(experiment, "best")
+    best = f"the best validation score{_chosen(experiment)}"
     tables = [
         main_table(experiment, "Last weights", main, twins=twins),
-        main_table(experiment, best, best_main, best=True),
+        main_table(experiment, f"Weights with {best}", best_main, best=True, twins=best_twins),
         main_table(experiment, "Other measures of the last weights", others, twins=twins),
-        main_table(experiment, f"Other measures: {best[0].lower()}{best[1:]}", best_others, best=True),
+        main_table(experiment, f"Other measures: weights with {best}", best_others, best=True, twins=best_twins),
     ]
     judged = claims(experiment)
     methods = [*experiment.methods, *experiment.waiting]
@@ -135,7 +135,7 @@ def section(experiment: Experiment, index: int, description: str = "") -> Sectio
         failures=[f"{f.label}, seed {f.seed}: {f.error}" for f in experiment.failures],
         verdict=verdict(experiment, main),
         findings=findings(experiment, main),
-        remarks=[*remarks(experiment, main), *([FULL_SIZE] if twins else [])],
+        remarks=[*remarks(experiment, main), *([FULL_SIZE] if twins or best_twins else [])],
         tables=[table for table in tables if table.columns],
         meanings=[(describe(name).title, describe(name).meaning) for name in main],
         published=[
@@ -154,13 +154,20 @@ def section(experiment: Experiment, index: int, description: str = "") -> Sectio
         drawn=_drawn(experiment, main),
         cards=_cards(experiment),
         shown_seed=experiment.methods[0].record.seed if experiment.methods else None,
-        mistakes=_safely(mistakes, experiment)[0],
-        cost=_cost(experiment),
-        runs=_runs(experiment, main),
-        methods=_methods(experiment),
-        facts=_facts(experiment),
+        # a node is no picture, and its name is not known
+        mistakes=[] if "node_classification" in experiment.tasks else _safely(mistakes, experiment)[0],
+        cost=cost_table(experiment),
+        runs=runs_table(experiment, main),
+        methods=methods_table(experiment),
+        facts=facts(experiment),
         commands=list(dict.fromkeys(public_command(c) for r in experiment.runs if (c := r.record.command))),
     )
+
+
+def _chosen(experiment: Experiment) -> str:
+    """Of which score the best weights had the least, in brackets; nothing where there are none."""
+    scores = dict.fromkeys(score(run.record.train) for run in experiment.runs if run.record.best)
+    return f" (lowest {listed(list(scores))})" if scores else ""
 
 
 def _status(experiment: Experiment) -> list[str]:
@@ -197,6 +204,13 @@ def _drawn(experiment: Experiment, main: Sequence[str]) -> list[Drawn]:
             "Training",
             "Means over seeds; the bands are ± one standard deviation, where there are two seeds or more.",
             curve_plots,
+            (),
+        ),
+        (
+            "loss-parts",
+            "Parts of the loss",
+            "What methods that look at unlabelled examples minimise: the loss of these is multiplied by its weight.",
+            part_plots,
             (),
         ),
         (
@@ -268,114 +282,3 @@ def _cards(experiment: Experiment) -> list[Card]:
             found = True
             cards.append(Card(label, note, plots=spiral_plots(label, method.index, pictures)))
     return cards if found else []
-
-
-# ---------------------------------------------------------------- cost and configuration
-
-
-def _cost(experiment: Experiment) -> Plain | None:
-    """Time and memory, per method; they are measurements of one machine that may have done other things as well."""
-    columns: list[tuple[str, Callable[[Run], float | None], Callable[[float], float], int]] = [
-        ("step time (ms)", lambda run: _fact(run, "step_seconds"), lambda value: 1000 * value, 2),
-        ("peak memory (MiB)", lambda run: _fact(run, "peak_memory_mib"), float, 0),
-        ("wall time of a run (s)", lambda run: run.record.seconds, float, 1),
-    ]
-    there = [c for c in columns if any(c[1](run) is not None for run in experiment.runs)]
-    if not experiment.runs:
-        return None
-    timed = there[0][0].startswith("step time")
-    rows = []
-    base: float | None = None
-    for method in experiment.methods:
-        cells = []
-        for title, read, convert, digits in there:
-            values = [convert(value) for run in method.runs.values() if (value := read(run)) is not None]
-            cells.append(format_mean_sd(summary(values), digits) if values else NOTHING)
-            if title.startswith("step time"):
-                mean = summary(values).mean if values else None
-                base = mean if method is experiment.methods[0] else base
-                cells.append(NOTHING if mean is None or not base else f"{mean / base:.2f}")
-        rows.append([method.label, *cells, str(len(method.runs))])
-    titles = [title for title, *_ in there]
-    if timed:
-        titles.insert(1, f"step time, ratio to {experiment.methods[0].label}")
-    devices = _distinct(str(run.record.hardware.get("device", "")) for run in experiment.runs)
-    kinds = _distinct(str(run.record.train.get("peak_memory_of", "")) for run in experiment.runs)
-    notes = [f"Measured while the runs were made{' on ' + ', '.join(devices) if devices else ''}, not a benchmark."]
-    if kinds:
-        notes.append(f"Peak memory is that of the {', '.join(kinds)}.")
-    return plain("Cost", ["method", *titles, "runs"], rows, notes=notes)
-
-
-def _fact(run: Run, name: str) -> float | None:
-    value = run.record.train.get(name)
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
-
-
-def _runs(experiment: Experiment, names: Sequence[str]) -> Plain | None:
-    metrics = [describe(name) for name in names]
-    rows = []
-    for method in experiment.methods:
-        for seed, run in sorted(method.runs.items()):
-            values = [method.values(name).get(seed) for name in names]
-            cells = [NOTHING if v is None else number(v, m.digits) for v, m in zip(values, metrics, strict=True)]
-            rows.append([method.label, str(seed), *cells, f"{run.record.seconds:.1f}", _place(run)])
-    columns = ["method", "seed", *(m.title for m in metrics), "seconds", "folder"]
-    return plain("All runs", columns, rows) if rows else None
-
-
-def _place(run: Run) -> str:
-    """A run's folder below that of all runs: where those lie on a machine is not for all who are sent the page."""
-    return "/".join(run.folder.parts[-3:]) or NOTHING
-
-
-def _methods(experiment: Experiment) -> Plain | None:
-    shared = _shared(experiment)
-    rows = []
-    for method in experiment.methods:
-        own = {**method.record.options, **{k: v for k, v in settings_of(method.record).items() if k not in shared}}
-        rows.append([method.label, method.record.method, _assignments(own) or NOTHING])
-    columns = ["method", "name", "options and own settings"]
-    return plain("Methods", columns, rows, numeric=False) if rows else None
-
-
-def _shared(experiment: Experiment) -> dict[str, Any]:
-    """The settings that all runs have in common."""
-    settings = [settings_of(run.record) for run in experiment.runs]
-    names = list(dict.fromkeys(name for setting in settings for name in setting))
-    missing = object()
-    return {
-        name: settings[0][name]
-        for name in names
-        if all(setting.get(name, missing) == settings[0].get(name, missing) for setting in settings)
-    }
-
-
-def _facts(experiment: Experiment) -> list[tuple[str, str]]:
-    records = [run.record for run in experiment.runs]
-    seconds = [record.seconds for record in records]
-    dates = sorted(record.date[:10] for record in records)
-    days = " to ".join(dict.fromkeys([dates[0], dates[-1]])) if dates else ""
-    return [
-        ("data", experiment.data),
-        ("network", experiment.model),
-        ("seeds", ", ".join(map(str, experiment.seeds))),
-        ("training, all methods", _assignments(_shared(experiment)) or "not recorded"),
-        ("runs", f"{len(seconds)}, {duration(sum(seconds))} in all"),
-        *((("date", days),) if days else ()),
-        *(("versions", text) for text in _distinct(_items(record.versions) for record in records)),
-        *(("hardware", text) for text in _distinct(_items(record.hardware) for record in records)),
-        ("configurations", f"{len({record.config_hash for record in records})} of different hash"),
-    ]
-
-
-def _assignments(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} = {value}" for name, value in values.items())
-
-
-def _items(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in values.items())
-
-
-def _distinct(found: Iterable[str]) -> list[str]:
-    return [text for text in dict.fromkeys(found) if text]

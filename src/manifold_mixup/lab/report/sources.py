@@ -148,10 +148,16 @@ def _read_run(folder: Path, experiment: str, label: str, config: RunConfig, foun
             config.seed,
             running=running,
             step=step,
-            steps=config.train.steps,
+            steps=_steps(config),
             log=log,
+            task=config.task.name,
         )
     )
+
+
+def _steps(config: RunConfig) -> int | None:
+    """All steps of a run, where that does not depend on the data: an epoch of full batches is one step."""
+    return config.train.epochs if config.train.batch_size == 0 and config.train.epochs else config.train.steps
 
 
 def is_running(owner: Path) -> bool:

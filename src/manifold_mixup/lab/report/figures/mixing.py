@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -59,15 +59,26 @@ class Mixed:
 
 
 def mixing_plots(experiment: Experiment) -> list[Plot]:
-    """The share of each layer, and the histogram of λ."""
-    found = [mixed for method in experiment.methods if (mixed := _pooled(method)) is not None]
+    """The share of each layer, and the histogram of λ; two of each where unlabelled examples were mixed as well."""
+    found, unlabelled = _of(experiment, "mixing"), _of(experiment, "mixing_unlabelled")
+    if not unlabelled:
+        return found
+    found = [replace(plot, title=f"{plot.title}, labelled examples") for plot in found]
+    return found + [
+        replace(plot, key=f"{plot.key}-unlabelled", title=f"{plot.title}, unlabelled examples") for plot in unlabelled
+    ]
+
+
+def _of(experiment: Experiment, key: str) -> list[Plot]:
+    """The two figures of one of the logs in the records."""
+    found = [mixed for method in experiment.methods if (mixed := _pooled(method, key)) is not None]
     layers = [mixed for mixed in found if mixed.total]
     drawn = [mixed for mixed in found if mixed.lam.sum()]
     return [*([_layers(layers)] if layers else []), *([_lam(drawn)] if drawn else [])]
 
 
-def _pooled(method: Method) -> Mixed | None:
-    found = [run.record.train.get("mixing") for run in method.runs.values()]
+def _pooled(method: Method, key: str) -> Mixed | None:
+    found = [run.record.train.get(key) for run in method.runs.values()]
     logs = [log for log in found if isinstance(log, Mapping) and log.get("layers") is not None and log.get("lam")]
     logs = [log for log in logs if log.get("unit") == logs[0].get("unit") and len(log["lam"]) == len(logs[0]["lam"])]
     if not logs:
