@@ -54,6 +54,7 @@ from manifold_mixup.lab.flags import (
     TrainExamplesOption,
     WeightsOption,
     WidthOption,
+    comma_separated,
 )
 from manifold_mixup.lab.invocation import ExperimentPage, choose_experiment, command_line, make_settings, run_all
 from manifold_mixup.lab.listings import datasets, layers, measures, methods, print_json
@@ -175,11 +176,11 @@ def compare(
 
     if recipe is None and data is None:
         raise UsageError("say what to compare: --recipe NAME, or --data NAME with --model and --methods")
-    listed = [*_names(methods), *(method or ())]
+    listed = [*comma_separated(methods), *(method or ())]
     more = [*(settings or ()), *([f"name={name}"] if name and recipe else [])]
     changes = Overrides(data=data, model=model, methods=listed, seeds=seeds, steps=steps, epochs=epochs, settings=more)
     changes = dataclasses.replace(changes, task=task, train_examples=train_examples, width=width, threads=threads)
-    changes = dataclasses.replace(changes, measures=[*_names(measures), *(measure or ())])
+    changes = dataclasses.replace(changes, measures=[*comma_separated(measures), *(measure or ())])
     config = choose_experiment(recipe, changes, data_dir, name)
     ray = (executor, ray_address, gpus_per_run)
     how = make_settings(runs, jobs, checkpoint_every, data_dir, (accelerator, devices, nodes), ray, logger)
@@ -187,11 +188,6 @@ def compare(
     outcome = run_all([config], how, quiet, page)
     if how.devices.first:
         _print_comparison(outcome, page, as_json, figure)
-
-
-def _names(text: str | None) -> list[str]:
-    """What is joined by commas."""
-    return [item for item in (text or "").split(",") if item.strip()]
 
 
 @app.command()
@@ -287,7 +283,7 @@ def evaluate(
 
     if weights not in (None, "last", "best", "checkpoint"):
         raise UsageError(f"--weights {weights!r} should be last, best or checkpoint")
-    listed = [*_names(measures), *(measure or ())]
+    listed = [*comma_separated(measures), *(measure or ())]
     requests = parse_measures([parse_component(text, "--measure") for text in listed])
     foreign = None if data is None else Component.model_validate(parse_data(data))
     torch.set_num_threads(threads or os.cpu_count() or 1)

@@ -124,19 +124,13 @@ def evaluate_run(
     info = _read_info(folder)
     which, state = _read_weights(folder, weights)
     notes = ["the run is not finished: these are the weights of its checkpoint"] if which == "checkpoint" else []
-    if data is not None and info.nodes:
-        raise UsageError(f"{folder}: a network on a graph is measured on that graph only: leave out --data")
     splits = _own_splits(run, info, places, notes, needed=data is None)
-    parts = {}
-    if splits is not None:
-        parts = {"train": splits.train, "validation": splits.validation, "test": splits.hand_out_test()}
+    parts = {} if splits is None else _parts(splits)
     if data is not None:
         parts["test"] = _foreign(data, info, by_order, places or Places())
         if seen := _seen(parts):
             notes.append(f"the run was trained or validated on {seen} of these {len(parts['test'])} examples")
-    model, hidden = _network(run, info, state, folder)
-    if splits is not None:
-        make_task(run.task).place(model, splits)
+    model, hidden = _network(run, info, state, folder, splits)
     model.to(make_fabric(devices or Devices(), "32-true").device).eval()
     subject = Subject(model, info, parts, hidden, run.seed)
     chosen = list(requests) or always(subject)
@@ -159,14 +153,22 @@ def evaluate_run(
     return found
 
 
-def _network(run: RunConfig, info: DataInfo, state: Mapping[str, Tensor], folder: Path) -> tuple[nn.Module, list[str]]:
-    """The run's network with these weights, and the names of its hidden layers."""
+def _parts(splits: DataSplits) -> dict[str, Examples]:
+    return {"train": splits.train, "validation": splits.validation, "test": splits.hand_out_test()}
+
+
+def _network(
+    run: RunConfig, info: DataInfo, state: Mapping[str, Tensor], folder: Path, splits: DataSplits | None
+) -> tuple[nn.Module, list[str]]:
+    """The run's network with these weights and, on a graph, that graph; and the names of its hidden layers."""
     with torch.random.fork_rng(devices=[]):
         model, hidden = fresh_model(run, info)
     try:
         model.load_state_dict(dict(state))
     except RuntimeError as error:
         raise CorruptedFile(f"the weights in {folder} do not fit the network: {error}") from error
+    if splits is not None:
+        make_task(run.task).place(model, splits)
     return model, hidden
 
 
@@ -253,8 +255,10 @@ def _foreign(data: Component, own: DataInfo, by_order: bool, places: Places) -> 
     """Other examples with the run's labels.
 
     Raises:
-        UsageError: Their shape or their classes are not the run's.
+        UsageError: Their shape or their classes are not the run's, or one of them is a graph.
     """
+    if own.nodes:
+        raise UsageError("a network on a graph is measured on that graph only: leave out --data")
     options = dict(data.options)
     if data.name in ("folder", "hf") and own.pixels is not None:  # made to fit, unless told otherwise
         options.setdefault("size", own.shape[-1])

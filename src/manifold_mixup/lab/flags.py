@@ -63,7 +63,14 @@ __all__ = [
     "WatchOption",
     "WeightsOption",
     "WidthOption",
+    "comma_separated",
 ]
+
+
+def comma_separated(text: str | None) -> list[str]:
+    """The items of a list on the command line."""
+    return [item for item in (text or "").split(",") if item.strip()]
+
 
 METHOD_HELP = (
     "A method as [bold]name:key=value,...[/bold]; layer names are joined by +, label=... names it. "
