@@ -8,6 +8,7 @@ from rich.progress import TimeRemainingColumn
 
 from lab.small import one_run
 from manifold_mixup.lab import display
+from manifold_mixup.lab.data import DataInfo
 from manifold_mixup.lab.records import Failure, Record
 
 
@@ -114,6 +115,27 @@ def test_labels_are_text_not_markup(label):
     assert rows(display.single(record(label, 0, test_error=1.0)))[0] == ["test_error", "1.0000", "1.0000"]
 
 
+@pytest.mark.parametrize(
+    ("train", "head"),
+    [
+        ({"best_step": 7, "best_by": "validation_error"}, "lowest validation error (step 7)"),
+        ({"best_step": 7, "best_by": "validation_nll"}, "lowest validation NLL (step 7)"),
+        ({"best_step": 7}, "lowest validation NLL (step 7)"),  # from before there was a choice
+    ],
+)
+def test_a_single_run_says_what_chose_its_best_weights(train, head):
+    found = record("a", 0, test_error=1.0).model_copy(update={"train": train, "best": {"test_error": None}})
+    table = display.single(found)
+    assert [column.header for column in table.columns] == ["metric", "last weights", head]
+    assert rows(table) == [["test_error", "1.0000", "-"]]
+
+
+def test_a_single_run_without_a_validation_split_has_one_kind_of_weights():
+    table = display.single(record("a", 0, test_error=1.0).model_copy(update={"train": {}, "best": {}}))
+    assert [column.header for column in table.columns] == ["metric", "last weights"]
+    assert rows(table) == [["test_error", "1.0000"]]
+
+
 def test_progress_is_silent_where_nobody_looks_but_failures_are_said(capsys):
     run = one_run()
     for quiet in (False, True):
@@ -129,6 +151,17 @@ def test_progress_is_silent_where_nobody_looks_but_failures_are_said(capsys):
         with display.Bars(runs) as bars:
             bars.ended(run, Failure("e", "[b]none", 0, why))
         assert capsys.readouterr() == ("", said)
+
+
+def test_the_size_of_a_graph_is_that_of_its_nodes():
+    facts = {"source": "s", "terms": "t", "features": ("words",), "classes": ("a", "b")}
+    assert display.size_text(DataInfo("g", "g", (1433,), **facts, sizes=(140, 1000), nodes=2708)) == (
+        "140 to train, 1,000 to test\n2,708 nodes of 1433 features\n2 classes"
+    )
+    assert (
+        display.size_text(DataInfo("i", "i", (1, 28, 28), **facts))
+        == "1\N{MULTIPLICATION SIGN}28\N{MULTIPLICATION SIGN}28\n2 classes"
+    )
 
 
 def test_a_bar_tells_images_per_second_and_the_time_that_is_left():

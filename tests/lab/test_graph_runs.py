@@ -121,6 +121,9 @@ def test_a_graph_alone_makes_an_experiment(places):
 def test_few_labels_alone_make_an_experiment():
     config = without_recipe(Overrides(task="semi_supervised:batch_size=9", train_examples=20))
     assert config.task.options["batch_size"] == 9
+    assert config.train.batch_size == 20
+    said = without_recipe(Overrides(task="semi_supervised", train_examples=20, settings=["train.batch_size=5"]))
+    assert said.train.batch_size == 5
     assert [method.name for method in config.methods] == ["none", "manifold_mixup", "consistency", "ict"]
     assert config.data.options["train_examples"] == 20
 

@@ -1,15 +1,17 @@
 """The page of runs that look at unlabelled examples, and of nodes of a graph."""
 
-import copy
+import dataclasses
 import statistics
 
 import numpy as np
 import pytest
 import torch
 
+from lab.published_data import publish
 from lab.report_runs import details, experiment_of, going, log_lines, write_run
 from lab.reporting import page, run, runs
 from lab.small import DIGITS, one_run
+from lab.test_graph_runs import run as run_graph
 from lab.test_report_figures import check_plots, line_of, predictions, traces_of
 from lab.test_report_figures_inside import mixing_log
 from manifold_mixup.lab.config import Component, PlannedRun, RunConfig, TrainConfig
@@ -18,7 +20,7 @@ from manifold_mixup.lab.published import Published
 from manifold_mixup.lab.records import RunFolder
 from manifold_mixup.lab.report.beside import published_twins
 from manifold_mixup.lab.report.figures.curves import POINTS, curve_plots, part_plots
-from manifold_mixup.lab.report.figures.mixing import mixing_plots
+from manifold_mixup.lab.report.figures.mixing import ALPHA, mixing_plots
 from manifold_mixup.lab.report.sections import section
 from manifold_mixup.lab.report.sources import gather
 from manifold_mixup.lab.run import execute
@@ -121,7 +123,8 @@ def test_numbers_of_both_kinds_of_weights_stand_each_beside_its_own(monkeypatch)
         {"title": "t", "recipes": {"desk": "digits"}, "columns": columns, "rows": [{"label": "none", "published": {}}]}
     )
     numbers = {"test_error": 1.25, "chosen": 2.5}
-    entry = Published(source="s", table="t", method="none", network="mlp", metric="", value=0, unit="percent")
+    words = dict.fromkeys(("source", "table", "dataset", "method", "metric"), "any")
+    entry = Published(**words, network="mlp", value=0, unit="percent")
 
     def twin(self, row, column):
         return entry.model_copy(update={"value": numbers[column.published]})
@@ -181,21 +184,14 @@ def test_without_unlabelled_examples_the_loss_has_no_parts(tmp_path):
 
 
 def test_unfinished_runs_have_parts_as_well(tmp_path):
-    unfinished = going("ict", 0)
-    unfinished = copy.replace(unfinished, log=tuple(parts(4))) if hasattr(copy, "replace") else _with(unfinished)
+    unfinished = dataclasses.replace(going("ict", 0), log=tuple(parts(4)))
     found = part_plots(experiment_of([write_run(tmp_path)], [unfinished]))
     assert line_of(found[0], 1)["x"] == [1, 2, 3, 4]
     assert "1 run that is not finished takes part." in found[0].note
 
 
-def _with(unfinished):
-    import dataclasses
-
-    return dataclasses.replace(unfinished, log=tuple(parts(4)))
-
-
 def test_where_a_line_has_some_of_the_parts_a_point_is_the_mean_over_ten_steps(tmp_path):
-    logs = [parts(47, seed, coin=True) for seed in range(2)]
+    logs = [parts(48, seed, coin=True) for seed in range(2)]
     results = [write_run(tmp_path, "GraphMix", seed, log=log, **NODES) for seed, log in enumerate(logs)]
     experiment = experiment_of(results)
     plots = check_plots(part_plots(experiment) + curve_plots(experiment)[:1])
@@ -208,7 +204,7 @@ def test_where_a_line_has_some_of_the_parts_a_point_is_the_mean_over_ten_steps(t
     ]
     for plot in plots:
         name = {"training-loss": "train_loss"}.get(plot.key, plot.key.replace("-", "_"))
-        assert line_of(plot)["x"] == [10, 20, 30, 40, 47]
+        assert line_of(plot)["x"] == [10, 20, 30, 40, 48]
         for start, y in zip(range(0, 50, 10), line_of(plot)["y"], strict=True):
             inside = [[line[name] for line in log[start : start + 10] if name in line] for log in logs]
             assert all(inside), "each of these seeds has such a step in each window"
@@ -216,7 +212,7 @@ def test_where_a_line_has_some_of_the_parts_a_point_is_the_mean_over_ten_steps(t
         assert "A point is the mean over 10 steps." in plot.note
         assert "as far" not in plot.note, "a seed whose last step was of the other kind has got as far"
     error = curve_plots(experiment)[1]
-    assert len(line_of(error)["x"]) == 47
+    assert len(line_of(error)["x"]) == 48
     assert "point" not in error.note
 
 
@@ -278,8 +274,8 @@ def test_mixing_of_unlabelled_examples_has_figures_of_its_own(tmp_path):
         assert traces_of(plot, 0) == []
     assert "consistency, 80 batches: input 100.0 %" in layers.alt
     assert "consistency, 60 batches: input 33.3 %, hidden.1 66.7 %" in more.alt
-    assert "α = 0.1" in lam.alt
-    assert "α = 2" in other.alt
+    assert f"{ALPHA} = 0.1" in lam.alt
+    assert f"{ALPHA} = 2" in other.alt
 
 
 # ---------------------------------------------------------------- nodes of a graph
@@ -312,7 +308,7 @@ def test_the_page_of_a_graph_has_what_makes_sense_for_nodes(tmp_path):
     found = page(tmp_path, results)
     for words in ("Every seed", "Parts of the loss", "Calibration", "Confusion: GraphMix", "Mixing log", "Cost"):
         assert words in found.words
-    for words in ("Most confident mistakes", "Robustness", "Singular values", "labelled examples ", "None"):
+    for words in ("Most confident mistakes", "Robustness", "Singular values", "labelled examples: "):
         assert words not in found.words
     assert not [attrs for tag, attrs in found.tags if tag == "img"]
     assert "140 labelled, 2,568 unlabelled" in found.words
@@ -363,3 +359,20 @@ def test_runs_with_few_labels_make_such_a_page(tmp_path):
         "Most confident mistakes",
     ):
         assert words in found.words
+
+
+def test_runs_on_a_graph_make_such_a_page(tmp_path, monkeypatch):
+    places = publish(tmp_path / "data", monkeypatch)
+    for method in ("none", "graphmix"):
+        run_graph(tmp_path / "runs", places, methods=[{"name": method}])
+    found = page(tmp_path, gather([tmp_path / "runs"]).results)
+    for words in (
+        "classification of the nodes of one graph",
+        "Weights with the best validation score (lowest error)",
+        "Loss of steps on the graph",
+        "Weight of unlabelled examples",
+        "Confusion: graphmix",
+    ):
+        assert words in found.words
+    assert "Most confident mistakes" not in found.words
+    assert len(found.figures) == sum(("class", "figure") in attrs.items() for _, attrs in found.tags)

@@ -287,7 +287,9 @@ def test_a_column_and_a_claim_can_be_of_the_weights_that_were_best_on_validation
 
 
 def test_a_claim_about_weights_that_no_column_shows_is_named(study):
-    (studies.STUDIES / "table0.toml").write_text(BEST.replace('complement = true, weights = "best"', "complement = true"))
+    (studies.STUDIES / "table0.toml").write_text(
+        BEST.replace('complement = true, weights = "best"', "complement = true")
+    )
     with pytest.raises(RecipeError, match="no column shows 'test_error' of the best weights"):
         load_study("table0")
 

@@ -246,6 +246,8 @@ def size_text(info: DataInfo) -> str:
     """How many examples of what shape and how many classes, as far as that is known without the data."""
     examples = "" if info.sizes is None else f"{info.sizes[0]:,} to train, {info.sizes[1]:,} to test\n"
     shape = f"{shape_text(info.shape)}\n" if info.shape else ""
+    if info.nodes:
+        shape = f"{info.nodes:,} nodes of {shape_text(info.shape)} features\n"
     return f"{examples}{shape}{len(info.classes)} classes" if info.classes else f"{examples}{shape}" or "as it is"
 
 

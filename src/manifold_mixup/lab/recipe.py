@@ -295,6 +295,7 @@ GRAPH: dict[str, Any] = {
     "train": {"steps": 2000, "batch_size": "full", "lr": 0.01, "weight_decay": 5e-4, "eval_every": 1},
 }
 OTHER: dict[str, Any] = {"model": {"name": "mlp"}}
+BATCH = 100  # examples, unless there are fewer labels
 METHODS: dict[str, tuple[str, ...]] = {
     "classification": ("none", "input_mixup", "manifold_mixup"),
     "semi_supervised": ("none", "manifold_mixup", "consistency", "ict"),
@@ -317,8 +318,11 @@ def without_recipe(overrides: Overrides, *, name: str | None = None, places: Pla
     Raises:
         RecipeError: With all mistakes at once.
     """
-    defaults = _defaults(parse_data(overrides.data or "digits"), places)
-    tree = copy.deepcopy({"data": {"name": "digits"}, "seeds": [0, 1, 2], **defaults})
+    data = parse_data(overrides.data or "digits")
+    tree = copy.deepcopy({"data": {"name": "digits"}, "seeds": [0, 1, 2], **_defaults(data, places)})
+    labels = overrides.train_examples or data["options"].get("train_examples")
+    if isinstance(labels, int) and overrides.task is not None and labels < BATCH:
+        tree.setdefault("train", {})["batch_size"] = labels  # few labels are seen all at once
     apply_overrides(tree, overrides)
     usual = METHODS.get(tree.get("task", {"name": "classification"})["name"], ())
     tree.setdefault("methods", [{"name": method} for method in usual])

@@ -196,66 +196,62 @@ def _safely(make: Callable[..., Sequence[Any]], *arguments: Any) -> tuple[Sequen
         return [], [str(error)]
 
 
+Group = tuple[str, str, str, Callable[[Experiment], Sequence[Plot]]]
+GROUPS: tuple[Group, ...] = (  # anchor, heading, note and maker of each group of figures but the first
+    (
+        "curves",
+        "Training",
+        "Means over seeds; the bands are ± one standard deviation, where there are two seeds or more.",
+        curve_plots,
+    ),
+    (
+        "loss-parts",
+        "Parts of the loss",
+        "What methods that look at unlabelled examples minimise: the loss of these is multiplied by its weight.",
+        part_plots,
+    ),
+    (
+        "reliability",
+        "Calibration",
+        "How often a network is right against how sure it is, in 15 bins over the test examples of all seeds. "
+        "Below the diagonal it is too sure. Temperature scaling divides the logits by one number, chosen on "
+        "validation data.",
+        reliability_plots,
+    ),
+    (
+        "strength",
+        "Robustness",
+        "Test accuracy against the strength of a change of the test images; bars are ± one standard deviation.",
+        strength_plots,
+    ),
+    (
+        "spectra",
+        "Singular values of hidden states",
+        "Of one matrix for each class, whose rows are the hidden states of its examples: the faster they fall, the "
+        "flatter the class lies.",
+        spectra_plots,
+    ),
+    (
+        "mixing",
+        "Mixing log",
+        "What was drawn in training: how often each layer was mixed, and λ beside the density that it should have.",
+        mixing_plots,
+    ),
+    (
+        "confusion",
+        "Confusion",
+        "Of the test examples of each true class, the share that was predicted as each class, in percent, over all "
+        "seeds.",
+        confusion_plots,
+    ),
+)
+
+
 def _drawn(experiment: Experiment, main: Sequence[str]) -> list[Drawn]:
-    groups: tuple[tuple[str, str, str, Callable[..., Sequence[Plot]], tuple[Any, ...]], ...] = (
-        ("seeds", "Every seed", "A dot is one run; the bar is the mean.", seeds_plots, (main,)),
-        (
-            "curves",
-            "Training",
-            "Means over seeds; the bands are ± one standard deviation, where there are two seeds or more.",
-            curve_plots,
-            (),
-        ),
-        (
-            "loss-parts",
-            "Parts of the loss",
-            "What methods that look at unlabelled examples minimise: the loss of these is multiplied by its weight.",
-            part_plots,
-            (),
-        ),
-        (
-            "reliability",
-            "Calibration",
-            "How often a network is right against how sure it is, in 15 bins over the test examples of all seeds. "
-            "Below the diagonal it is too sure. Temperature scaling divides the logits by one number, chosen on "
-            "validation data.",
-            reliability_plots,
-            (),
-        ),
-        (
-            "strength",
-            "Robustness",
-            "Test accuracy against the strength of a change of the test images; bars are ± one standard deviation.",
-            strength_plots,
-            (),
-        ),
-        (
-            "spectra",
-            "Singular values of hidden states",
-            "Of one matrix for each class, whose rows are the hidden states of its examples: the faster they fall, the "
-            "flatter the class lies.",
-            spectra_plots,
-            (),
-        ),
-        (
-            "mixing",
-            "Mixing log",
-            "What was drawn in training: how often each layer was mixed, and λ beside the density that it should have.",
-            mixing_plots,
-            (),
-        ),
-        (
-            "confusion",
-            "Confusion",
-            "Of the test examples of each true class, the share that was predicted as each class, in percent, over all "
-            "seeds.",
-            confusion_plots,
-            (),
-        ),
-    )
+    first: Group = ("seeds", "Every seed", "A dot is one run; the bar is the mean.", lambda e: seeds_plots(e, main))
     found = []
-    for key, title, note, make, more in groups:
-        plots, problems = _safely(make, experiment, *more)
+    for key, title, note, make in (first, *GROUPS):
+        plots, problems = _safely(make, experiment)
         if plots or problems:
             found.append(Drawn(key, title, note, plots, problems))
     return found
