@@ -197,7 +197,7 @@ METHOD = {
     "alpha_unlabelled": 0.3,
     "weight": 7.0,
     "ramp": 1.0,
-    "targets": "probabilities",
+    "targets": "logits",
     "target_mode": "eval",
     "decay": 0.3,
     "mix": "logits",
