@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Generic, TypeVar
 
+from pydantic import Field
 from torch import nn
 
 from manifold_mixup.lab.config import Component, TrainConfig
@@ -12,9 +13,17 @@ from manifold_mixup.lab.models import ModelEntry
 from manifold_mixup.lab.options import Options
 from manifold_mixup.lab.selection import Choice
 
-__all__ = ["Task"]
+__all__ = ["ChoiceOptions", "Task"]
 
 OptionsT = TypeVar("OptionsT", bound=Options)
+
+
+class ChoiceOptions(Options):
+    """Where few labels make accuracy coarse and sources choose by it: how the best weights are chosen."""
+
+    choose: Choice = Field(
+        default="validation_error", description="what the best weights have the least of, on the validation split"
+    )
 
 
 class Task(Generic[OptionsT]):
@@ -37,7 +46,7 @@ class Task(Generic[OptionsT]):
     @property
     def choose(self) -> Choice:
         """Which weights are the best ones on the validation split."""
-        return "validation_nll"
+        return self.options.choose if isinstance(self.options, ChoiceOptions) else "validation_nll"
 
     def problems(self, data: Component, info: DataInfo, model: ModelEntry, train: TrainConfig | None) -> list[str]:
         """What does not fit the task, one sentence each.

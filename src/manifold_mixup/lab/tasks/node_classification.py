@@ -7,39 +7,23 @@ split included, are there in training; their labels are not.
 from __future__ import annotations
 
 import torch
-from pydantic import Field
 from torch import nn
 
 from manifold_mixup.lab.config import Component, TrainConfig
 from manifold_mixup.lab.data import DataInfo, DataSplits, Places, Unlabelled
 from manifold_mixup.lab.errors import UsageError
 from manifold_mixup.lab.models import ModelEntry
-from manifold_mixup.lab.options import Options
-from manifold_mixup.lab.selection import Choice
-from manifold_mixup.lab.tasks.base import Task
+from manifold_mixup.lab.tasks.base import ChoiceOptions, Task
 
-__all__ = ["NodeClassification", "NodeClassificationOptions"]
+__all__ = ["NodeClassification"]
 
 
-class NodeClassificationOptions(Options):
-    """How the best weights are chosen."""
-
-    choose: Choice = Field(
-        default="validation_error", description="what the best weights have the least of, on the validation nodes"
-    )
-
-
-class NodeClassification(Task[NodeClassificationOptions]):
+class NodeClassification(Task[ChoiceOptions]):
     """Examples are nodes of one graph, of which the network sees all."""
 
     name = "node_classification"
     title = "classification of the nodes of one graph"
-    Options = NodeClassificationOptions
-
-    @property
-    def choose(self) -> Choice:
-        """As the options say."""
-        return self.options.choose
+    Options = ChoiceOptions
 
     def problems(self, data: Component, info: DataInfo, model: ModelEntry, train: TrainConfig | None) -> list[str]:
         """Data without a graph, and networks and batches for such data."""

@@ -13,22 +13,17 @@ from manifold_mixup.lab.config import Component, TrainConfig
 from manifold_mixup.lab.data import DataInfo, DataSplits, Places, Unlabelled, get_dataset, load_data
 from manifold_mixup.lab.errors import UsageError
 from manifold_mixup.lab.models import ModelEntry
-from manifold_mixup.lab.options import Options
-from manifold_mixup.lab.selection import Choice
-from manifold_mixup.lab.tasks.base import Task
+from manifold_mixup.lab.tasks.base import ChoiceOptions, Task
 
 __all__ = ["SemiSupervised", "SemiSupervisedOptions"]
 
 
-class SemiSupervisedOptions(Options):
+class SemiSupervisedOptions(ChoiceOptions):
     """What a step is given, and how the best weights are chosen."""
 
     batch_size: int = Field(default=100, ge=1, description="unlabelled examples of a step")
     unlabelled_examples: int | None = Field(
         default=None, ge=1, description="size of the unlabelled pool, drawn balanced by class; unset: all there are"
-    )
-    choose: Choice = Field(
-        default="validation_error", description="what the best weights have the least of, on the validation split"
     )
 
 
@@ -38,11 +33,6 @@ class SemiSupervised(Task[SemiSupervisedOptions]):
     name = "semi_supervised"
     title = "classification with few labels and an unlabelled pool"
     Options = SemiSupervisedOptions
-
-    @property
-    def choose(self) -> Choice:
-        """As the options say."""
-        return self.options.choose
 
     def problems(self, data: Component, info: DataInfo, model: ModelEntry, train: TrainConfig | None) -> list[str]:
         """Data whose labels are all needed, or that have no pool."""
