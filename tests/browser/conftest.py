@@ -85,7 +85,7 @@ def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
             offline=not origins,
         )
         contexts.append(context)
-        context.set_default_timeout(20_000)
+        context.set_default_timeout(60_000)
         page = watch(context, origins)
         page.emulate_media(media=media)
         page.goto(address, wait_until="load")

@@ -215,11 +215,11 @@ def test_the_board_follows_runs_and_keeps_what_the_reader_has_chosen(board, open
     page = open_page(url)
     assert "no runs yet" in page.get_by_role("status").inner_text()
     finished(runs, "none", 0, [9.0, 5.0, 4.0])
-    page.wait_for_selector("h2:text-is('digits')", timeout=8_000)
+    page.wait_for_selector("h2:text-is('digits')", timeout=30_000)
     cell = page.locator(".table").first.locator("tbody tr").first.locator("td").nth(1)
     assert cell.inner_text() == "4.00"
     finished(runs, "other", 0, [8.0, 5.0, 3.0])
-    page.wait_for_selector(".key >> nth=1", timeout=8_000)
+    page.wait_for_selector(".key >> nth=1", timeout=30_000)
     # the reader opens a part, hides a method, and scrolls
     page.locator("summary:text-is('All runs')").click()
     page.locator(".key").nth(1).click()
@@ -232,7 +232,7 @@ def test_the_board_follows_runs_and_keeps_what_the_reader_has_chosen(board, open
     known = curve.element_handle()
     finished(runs, "none", 1, [9.0, 5.0, 5.0])
     unfinished(runs / "digits" / "other" / "seed-1", "other", 1, [8.0, 6.0, 5.0])
-    page.wait_for_selector(".status:has-text('3 of 4 runs are finished')", timeout=8_000)
+    page.wait_for_selector(".status:has-text('3 of 4 runs are finished')", timeout=30_000)
     page.wait_for_timeout(300)
     assert cell.inner_text() == "4.50 ± 0.71"
     assert "other, seed 1, was stopped at step 30 of 60." in page.locator(".status").inner_text()
@@ -250,6 +250,6 @@ def test_the_board_follows_runs_and_keeps_what_the_reader_has_chosen(board, open
     assert page.evaluate("performance.getEntriesByType('navigation')[0].type") == "reload", "the waiting page went once"
     assert_clean(page)
     stop()
-    page.wait_for_selector("#news:has-text('the board does not answer')", timeout=8_000)
+    page.wait_for_selector("#news:has-text('the board does not answer')", timeout=30_000)
     assert cell.inner_text() == "4.50 ± 0.71"
     assert not seen(page).errors
