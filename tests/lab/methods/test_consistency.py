@@ -73,7 +73,7 @@ def test_a_step_is_the_loss_written_out(mode, kind, layers, monkeypatch):
 def test_batches_of_any_sizes_are_mixed_each_within_itself(n, m, monkeypatch):
     model = network()
     reference = copied(model)
-    method = attached("consistency", model, alpha=1.0)
+    method = attached("consistency", model, alpha=1.0, targets="logits", weight=1.0)
     draws = Draws(method, monkeypatch)
     given = batch(3, n=n, m=m)
     loss = method.step(model, criterion, given)
@@ -183,12 +183,12 @@ def test_without_weight_it_is_manifold_mixup_bit_for_bit_and_sees_no_unlabelled_
 def test_without_mixing_it_is_plain_training_and_plain_consistency():
     model = network()
     reference = copied(model)
-    method = attached("consistency", model, alpha=0.0, alpha_unlabelled=0.0, target_mode="eval")
+    method = attached("consistency", model, alpha=0.0, alpha_unlabelled=0.0, target_mode="eval", weight=1.0)
     given = batch(19)
     loss = method.step(model, criterion, given)
     expected = criterion(reference(given.x), given.y)
-    targets = own_targets(reference, given.unlabelled, "eval", "logits")
-    expected = expected + nn.functional.mse_loss(reference(given.unlabelled), targets)
+    targets = own_targets(reference, given.unlabelled, "eval", "probabilities")
+    expected = expected + nn.functional.mse_loss(reference(given.unlabelled).softmax(1), targets)
     assert_same_gradients(loss, model, expected, reference)
     found = method.facts()
     assert found["mixing"]["unmixed"] == found["mixing_unlabelled"]["unmixed"] == 1
@@ -312,7 +312,7 @@ def test_before_it_is_attached_there_is_no_state():
         assert method.teacher() is None
 
 
-def test_defaults_are_those_of_the_authors_command_for_cifar10():
+def test_defaults_are_the_authors_mixings_and_ramp_with_the_tamer_targets():
     options = make_method("consistency", {}).options
     assert (options.alpha, options.alpha_unlabelled, options.weight, options.ramp) == (0.1, 2.0, 10.0, 0.4)
     assert (options.layers, options.targets, options.target_mode) == ("auto", "probabilities", "train")
