@@ -194,7 +194,8 @@ class FeatureNet(nn.Module):
 class GCN(GraphNet):
     """Layers A X W with A = D^-1/2 (E + I) D^-1/2, E the edges and D the degrees with the loop, and ReLU.
 
-    A node without edges keeps its loop, so that A is 1 there. GraphMix's code gives loops only to nodes with edges.
+    A node without edges keeps its loop, so that A is 1 there. So it does in GraphMix's files, which name such nodes in
+    pairs with themselves.
     """
 
     def connect(self, edges: Tensor, nodes: int) -> None:
