@@ -197,25 +197,10 @@ def discover(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], la
             "Cut points are found on a batch, but the inputs hold " + ("no rows." if size == 0 else "no tensor.")
         )
     with undisturbed(model):
-        try:
-            look = look_at(model, args, kwargs, size, size if labels is None else labels)
-        except Exception as error:
-            raise DiscoveryFailed(
-                f"The forward that looks for the cut points, on {ROWS} and on {ROWS + 1} rows of the batch, raised "
-                f"{type(error).__name__}: {str(error).rstrip('.')}. Call mixup(x, y) with x as the model takes it "
-                "(device, dtype, preprocessing); x may be a tuple of positional or a dict of keyword arguments. Or "
-                "name S yourself: layers=[...], check=False."
-            ) from error
+        look = _look(model, args, kwargs, size, size if labels is None else labels)
     graph = look.graph
     look.check_labels(model, labels)
-    if not any(leaf.node is not None and graph.between[leaf.node] for leaf in graph.outputs):
-        lost = next((graph.where[n] for n in graph.parents[-1] if graph.what[n].endswith("()")), None)
-        where = repr(lost) if lost else "the model's own forward"
-        place = f" It leaves PyTorch in {where}." if lost is not None else ""
-        raise DataFlowLost(
-            f"No path of tensors leads from the inputs to the outputs of {type(model).__name__}, so no cut point can "
-            f"be proven.{place} If you know where it may be mixed, name S yourself: layers=[...], check=False."
-        )
+    _check_flow(graph, model)
     look.check_outputs(model)
     rules, reasons = judge(graph, look.plans, look.grown.arguments if look.grown else {})
     # "input" is k = 0, also where a module has that name: such a module cannot be in S.
@@ -243,6 +228,32 @@ def discover(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], la
         _look=look,
         _unmasked=reasons,
         _refused=frozenset(refused),
+    )
+
+
+def _look(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], size: int, labels: int) -> Look:
+    """What the forwards show; DiscoveryFailed where one of them raises."""
+    try:
+        return look_at(model, args, kwargs, size, labels)
+    except Exception as error:
+        raise DiscoveryFailed(
+            f"The forward that looks for the cut points, on {ROWS} and on {ROWS + 1} rows of the batch, raised "
+            f"{type(error).__name__}: {str(error).rstrip('.')}. Call mixup(x, y) with x as the model takes it "
+            "(device, dtype, preprocessing); x may be a tuple of positional or a dict of keyword arguments. Or "
+            "name S yourself: layers=[...], check=False."
+        ) from error
+
+
+def _check_flow(graph: Graph, model: nn.Module) -> None:
+    """DataFlowLost where no path leads from the inputs to the outputs."""
+    if any(leaf.node is not None and graph.between[leaf.node] for leaf in graph.outputs):
+        return
+    lost = next((graph.where[n] for n in graph.parents[-1] if graph.what[n].endswith("()")), None)
+    where = repr(lost) if lost else "the model's own forward"
+    place = f" It leaves PyTorch in {where}." if lost is not None else ""
+    raise DataFlowLost(
+        f"No path of tensors leads from the inputs to the outputs of {type(model).__name__}, so no cut point can "
+        f"be proven.{place} If you know where it may be mixed, name S yourself: layers=[...], check=False."
     )
 
 

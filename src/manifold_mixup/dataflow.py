@@ -232,6 +232,12 @@ class Keys:
         return name if self.counts[name] == 1 else f"{name}#{self.counts[name]}"
 
 
+def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors with a first dimension, each with what the argument that holds it is called."""
+    for label, value in [*((f"input {i}" if i else "input", a) for i, a in enumerate(args)), *kwargs.items()]:
+        yield from ((label, tensor) for tensor in tensors(opened(value)) if tensor.dim())
+
+
 def record(
     model: nn.Module,
     args: tuple[Any, ...],
@@ -255,10 +261,9 @@ def record(
     """
     recorder, begun, keys, modules = _Recorder(pads, rows), Keys(), Keys(), named(model)
     graph = recorder.graph
-    for label, value in [*((f"input {i}" if i else "input", a) for i, a in enumerate(args)), *kwargs.items()]:
-        for tensor in tensors(opened(value)):
-            if tensor.dim() and (everything or tensor.shape[0] == rows):
-                recorder.source(tensor, label, mask=any(tensor is mask for mask in masks))
+    for label, tensor in _inputs(args, kwargs):
+        if everything or tensor.shape[0] == rows:
+            recorder.source(tensor, label, mask=any(tensor is mask for mask in masks))
     started: list[Call] = []
     auxiliary = bool(graph.masks or graph.carried)
 
@@ -279,11 +284,8 @@ def record(
         graph.calls.append(call)
         return output
 
-    handles = [
-        h
-        for m in modules
-        for h in (m.register_forward_pre_hook(enter, with_kwargs=True), m.register_forward_hook(leave))
-    ]
+    handles = [m.register_forward_pre_hook(enter, with_kwargs=True) for m in modules]
+    handles += [m.register_forward_hook(leave) for m in modules]
     try:
         with recorder, _Exits(recorder):
             output = model(*args, **kwargs)

@@ -54,16 +54,22 @@ from manifold_mixup.lab.flags import (
     TrainExamplesOption,
     WeightsOption,
     WidthOption,
-    comma_separated,
+    all_of,
 )
-from manifold_mixup.lab.invocation import ExperimentPage, choose_experiment, command_line, make_settings, run_all
+from manifold_mixup.lab.invocation import (
+    ExperimentPage,
+    choose_comparison,
+    choose_experiment,
+    command_line,
+    make_settings,
+    run_all,
+)
 from manifold_mixup.lab.listings import datasets, layers, measures, methods, print_json
 from manifold_mixup.lab.report_command import board, report
 from manifold_mixup.lab.reproduce_command import reproduce
 
 if TYPE_CHECKING:
-    from manifold_mixup.lab.evaluation import Evaluation
-    from manifold_mixup.lab.experiment import Outcome
+    from manifold_mixup.lab.experiment import Outcome, Settings
 
 __all__ = ["app", "main"]
 
@@ -116,8 +122,7 @@ def demo(
     keep = ("none", "input_mixup", "manifold_mixup")
     configs = [load_recipe(name, Overrides(seeds=seeds, keep=keep)) for name in ("spiral", "digits")]
     page = ExperimentPage(configs, runs, runs / "demo.html", "Manifold Mixup: the demo")
-    outcome = run_all(configs, make_settings(runs, jobs, checkpoint_every, logger=logger), quiet, page)
-    _print_comparison(outcome, page, as_json)
+    _compare(page, make_settings(runs, jobs, checkpoint_every, logger=logger), quiet, as_json)
 
 
 @app.command()
@@ -166,26 +171,25 @@ def compare(
     Example: [bold]manifold-mixup compare --data folder:photos,size=64 --model timm:resnet18 -m none
     -m 'manifold_mixup:alpha=2,layers=layer1+layer2,label=hidden only'[/bold]
 
-    Example: [bold]manifold-mixup compare --task semi_supervised --data mnist --train-examples 100 --model mlp
-    --methods none,consistency,ict[/bold]
+    Example: [bold]manifold-mixup compare --task semi_supervised --data mnist --train-examples 100 -m none -m ict[/bold]
 
     Example: [bold]manifold-mixup compare --data cora --methods none,graphmix --seeds 20[/bold]
     """
-    from manifold_mixup.lab.errors import UsageError
     from manifold_mixup.lab.recipe import Overrides
 
-    if recipe is None and data is None:
-        raise UsageError("say what to compare: --recipe NAME, or --data NAME with --model and --methods")
-    listed = [*comma_separated(methods), *(method or ())]
-    more = [*(settings or ()), *([f"name={name}"] if name and recipe else [])]
-    changes = Overrides(data=data, model=model, methods=listed, seeds=seeds, steps=steps, epochs=epochs, settings=more)
+    changes = Overrides(data=data, model=model, seeds=seeds, steps=steps, epochs=epochs, settings=settings or ())
     changes = dataclasses.replace(changes, task=task, train_examples=train_examples, width=width, threads=threads)
-    changes = dataclasses.replace(changes, measures=[*comma_separated(measures), *(measure or ())])
-    config = choose_experiment(recipe, changes, data_dir, name)
-    ray = (executor, ray_address, gpus_per_run)
-    how = make_settings(runs, jobs, checkpoint_every, data_dir, (accelerator, devices, nodes), ray, logger)
+    changes = dataclasses.replace(changes, methods=all_of(methods, method), measures=all_of(measures, measure))
+    config = choose_comparison(recipe, changes, data_dir, name)
+    where, ray = (accelerator, devices, nodes), (executor, ray_address, gpus_per_run)
+    how = make_settings(runs, jobs, checkpoint_every, data_dir, where, ray, logger)
     page = ExperimentPage([config], runs, runs / config.name / "report.html", f"Manifold Mixup: {config.name}")
-    outcome = run_all([config], how, quiet, page)
+    _compare(page, how, quiet, as_json, figure)
+
+
+def _compare(page: ExperimentPage, how: Settings, quiet: bool, as_json: bool, figure: Path | None = None) -> None:
+    """Carry out the experiments of a page, and print how their methods compare."""
+    outcome = run_all(page.configs, how, quiet, page)
     if how.devices.first:
         _print_comparison(outcome, page, as_json, figure)
 
@@ -283,7 +287,7 @@ def evaluate(
 
     if weights not in (None, "last", "best", "checkpoint"):
         raise UsageError(f"--weights {weights!r} should be last, best or checkpoint")
-    listed = [*comma_separated(measures), *(measure or ())]
+    listed = all_of(measures, measure)
     requests = parse_measures([parse_component(text, "--measure") for text in listed])
     foreign = None if data is None else Component.model_validate(parse_data(data))
     torch.set_num_threads(threads or os.cpu_count() or 1)
@@ -306,15 +310,7 @@ def evaluate(
         for evaluation in found:
             print_json(evaluation.summary())
     else:
-        _print_measured(found)
-
-
-def _print_measured(found: Sequence[Evaluation]) -> None:
-    from manifold_mixup.lab import display
-
-    display.console().print(display.measured(found))
-    for note in dict.fromkeys(f"{evaluation.folder}: {note}" for evaluation in found for note in evaluation.notes):
-        typer.echo(note)
+        display.print_measured(found)
 
 
 for command in (reproduce, report, board, methods, measures, datasets, layers):

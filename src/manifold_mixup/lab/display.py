@@ -45,6 +45,7 @@ __all__ = [
     "listing",
     "measured",
     "options_text",
+    "print_measured",
     "single",
     "size_text",
     "working",
@@ -303,3 +304,11 @@ def shape_text(shape: tuple[Any, ...]) -> str:
     if shape and isinstance(shape[0], tuple):
         return " + ".join(map(shape_text, shape))
     return "\N{MULTIPLICATION SIGN}".join(map(str, shape)) or "1"
+
+
+def print_measured(found: Sequence[Evaluation]) -> None:
+    """The table of some evaluations, and below it the notes of each."""
+    out = console()
+    out.print(measured(found))
+    for note in dict.fromkeys(f"{evaluation.folder}: {note}" for evaluation in found for note in evaluation.notes):
+        out.print(note, markup=False, highlight=False, soft_wrap=True)

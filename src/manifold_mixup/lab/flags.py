@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -63,13 +64,13 @@ __all__ = [
     "WatchOption",
     "WeightsOption",
     "WidthOption",
-    "comma_separated",
+    "all_of",
 ]
 
 
-def comma_separated(text: str | None) -> list[str]:
-    """The items of a list on the command line."""
-    return [item for item in (text or "").split(",") if item.strip()]
+def all_of(joined: str | None, repeated: Sequence[str] | None) -> list[str]:
+    """The items of an option that takes several, joined by commas, and of its twin that is repeated."""
+    return [*(item for item in (joined or "").split(",") if item.strip()), *(repeated or ())]
 
 
 METHOD_HELP = (

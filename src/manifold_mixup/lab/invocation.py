@@ -16,7 +16,15 @@ if TYPE_CHECKING:
     from manifold_mixup.lab.measuring import Progress
     from manifold_mixup.lab.recipe import Overrides
 
-__all__ = ["ExperimentPage", "choose_experiment", "command_line", "make_settings", "run_all", "shown"]
+__all__ = [
+    "ExperimentPage",
+    "choose_comparison",
+    "choose_experiment",
+    "command_line",
+    "make_settings",
+    "run_all",
+    "shown",
+]
 
 
 def command_line() -> str:
@@ -84,6 +92,23 @@ def choose_experiment(
     if recipe is None:
         return without_recipe(changes, name=name, places=Places(data_dir))
     return load_recipe(recipe, changes, Places(data_dir))
+
+
+def choose_comparison(
+    recipe: str | None, changes: Overrides, data_dir: Path | None, name: str | None
+) -> ExperimentConfig:
+    """The same for ``compare``, which takes nothing for granted and renames a recipe, too.
+
+    Raises:
+        UsageError: Neither a recipe nor data are named.
+    """
+    if recipe is None and changes.data is None:
+        from manifold_mixup.lab.errors import UsageError
+
+        raise UsageError("say what to compare: --recipe NAME, or --data NAME with --model and --methods")
+    if recipe is not None and name is not None:
+        changes = dataclasses.replace(changes, settings=[*changes.settings, f"name={name}"])
+    return choose_experiment(recipe, changes, data_dir, name)
 
 
 @dataclasses.dataclass(frozen=True)

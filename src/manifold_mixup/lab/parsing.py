@@ -50,7 +50,6 @@ def parse_config(raw: Mapping[str, Any], source: str, places: Places | None = No
     wrong, measures = _check_measures(tree)
     problems += wrong
     problems += _check_fit(tree, known, measures, places)
-    problems += _check_task(tree, known, places)
     if problems or config is None:
         raise RecipeError(source, problems)
     return config
@@ -222,7 +221,7 @@ def _check_fit(
         info = describe_data(tree["data"]["name"], tree["data"]["options"], places)
     except LabError as error:
         return [f"data: {error}"]
-    problems = _without_images(info, measures)
+    problems = _without_images(info, measures) + _check_task(tree, known, info)
     model = Component(name=tree["model"]["name"], options=tree["model"]["options"])
     settable = get_model(model.name).options.model_fields
     try:
@@ -245,10 +244,10 @@ def _check_fit(
     return problems
 
 
-def _check_task(tree: Mapping[str, Any], known: set[str], places: Places | None) -> list[str]:
+def _check_task(tree: Mapping[str, Any], known: set[str], info: DataInfo) -> list[str]:
     """Whether data, network, training and methods are what the task works with."""
     part = tree.get("task", {"name": CLASSIFICATION.name})
-    if not {"data", "model"} <= known or ("task" in tree and "task" not in known):
+    if "task" in tree and "task" not in known:
         return []
     task = make_task(Component(name=part["name"], options=part.get("options", {})))
     try:
@@ -256,10 +255,6 @@ def _check_task(tree: Mapping[str, Any], known: set[str], places: Places | None)
     except ValidationError:
         train = None  # its mistakes are reported elsewhere
     data = Component(name=tree["data"]["name"], options=tree["data"]["options"])
-    try:
-        info = describe_data(data.name, data.options, places)
-    except LabError:
-        return []  # likewise
     problems = task.problems(data, info, get_model(tree["model"]["name"]), train)
     for path, method in _methods(tree).items():
         if path in known and task.name not in (fit := get_method(method["name"]).tasks):

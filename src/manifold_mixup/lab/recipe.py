@@ -306,9 +306,9 @@ METHODS: dict[str, tuple[str, ...]] = {
 def without_recipe(overrides: Overrides, *, name: str | None = None, places: Places | None = None) -> ExperimentConfig:
     """An experiment from the command line alone: digits, the usual methods and three seeds unless told otherwise.
 
-    Images are trained with SGD and one cycle of the learning rate in bfloat16, on a PreActResNet18; graphs as Kipf and
-    Welling (2017, arXiv 1609.02907) do, on their network; anything else with the defaults of
-    :class:`~manifold_mixup.lab.config.TrainConfig`, on an MLP.
+    Images are trained with SGD and one cycle of the learning rate in bfloat16, on a PreActResNet18; graphs as in
+    GraphMix's code, on a GCN; anything else with the defaults of :class:`~manifold_mixup.lab.config.TrainConfig`, on an
+    MLP.
 
     Args:
         overrides: What the command line says.

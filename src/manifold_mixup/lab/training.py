@@ -102,9 +102,8 @@ def fit(
     """
     fabric = fabric or make_fabric(Devices(), settings.precision)
     try:
-        where = (folder, config_hash)
-        loop = _Loop(model, method, train, validation, settings, hidden, seed, where, pixels, fabric, unlabelled)
-        loop.best = Best(choose)
+        where, best = (folder, config_hash), Best(choose)
+        loop = _Loop(model, method, train, validation, settings, hidden, seed, where, pixels, fabric, unlabelled, best)
         loop.resume()
         loop.run(hooks)
     finally:
@@ -128,6 +127,7 @@ class _Loop:
         pixels: Pixels | None,
         fabric: Fabric,
         unlabelled: Unlabelled | None,
+        best: Best,
     ) -> None:
         self.fabric, device = fabric, fabric.device
         self.meter = Meter(device)
@@ -166,7 +166,7 @@ class _Loop:
         self.step = 0
         self.losses: list[Tensor] = []  # of the steps since the last look at them
         self.loss_sum, self.loss_count = 0.0, 0
-        self.best = Best("validation_nll")
+        self.best = best
         self.last_line: dict[str, Any] = {}
         self.loggers: Sequence[loggers.Logger] = ()
         self.seconds = 0.0

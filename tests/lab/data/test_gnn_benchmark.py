@@ -195,7 +195,7 @@ def test_a_changed_file_is_refused_before_it_is_read(tmp_path, which):
         dataset.load(options(dataset), 0, Places(tmp_path))
 
 
-def refused(tmp_path, which, content, message):
+def check_refused(tmp_path, which, content, message):
     """With the right checksum."""
     dataset = small(content, copy=content)
     write(tmp_path / NAMES["coauthor_cs"][which], content)
@@ -207,7 +207,7 @@ def refused(tmp_path, which, content, message):
 def test_a_file_that_is_cut_off_is_refused(tmp_path, which, make):
     content = make(*made())
     for end in (0, 1, 40, len(content) // 2, len(content) - 1):
-        refused(tmp_path, which, content[:end], "is no npz file of a graph")
+        check_refused(tmp_path, which, content[:end], "is no npz file of a graph")
 
 
 def test_a_file_whose_members_are_cut_off_is_refused(tmp_path):
@@ -217,7 +217,7 @@ def test_a_file_whose_members_are_cut_off_is_refused(tmp_path):
         for name in old.namelist():
             data = old.read(name)
             new.writestr(name, data[:-7] if name == "attr_data.npy" else data)
-    refused(tmp_path, 0, content.getvalue(), "is no npz file of a graph")
+    check_refused(tmp_path, 0, content.getvalue(), "is no npz file of a graph")
 
 
 WRONG = {
@@ -244,7 +244,7 @@ WRONG = {
 @pytest.mark.parametrize("what", WRONG)
 def test_content_that_cannot_be_the_published_one_is_refused(tmp_path, what):
     change, message = WRONG[what]
-    refused(tmp_path, 0, npz(change(arrays(*made()))), message)
+    check_refused(tmp_path, 0, npz(change(arrays(*made()))), message)
 
 
 class Calls:
@@ -261,7 +261,7 @@ def test_a_copy_that_runs_a_command_is_refused_and_nothing_runs(tmp_path, member
     adjacency, features, labels = made()
     parts = {"adj_matrix": boxed(adjacency), "node_attr": boxed(features), "node_label": labels}
     content = npz(parts | {member: boxed(Calls(os.system, f"touch {trace}"))})
-    refused(tmp_path, 1, content, r"asks for (posix|nt)\.system")
+    check_refused(tmp_path, 1, content, r"asks for (posix|nt)\.system")
     assert not trace.exists()
     pickle.loads(pickle.dumps(Calls(os.system, f"touch {trace}")))
     assert trace.exists()  # so the attack was a real one
@@ -282,7 +282,7 @@ def test_what_is_not_needed_is_not_opened(tmp_path, member):
 def test_a_copy_that_holds_something_else_than_a_matrix_is_refused(tmp_path, inside):
     _, features, labels = made()
     content = npz({"adj_matrix": boxed(inside), "node_attr": boxed(features), "node_label": labels})
-    refused(tmp_path, 1, content, r"coauthor_cs.npz is no(t a pickle that is read here| npz file of a graph)")
+    check_refused(tmp_path, 1, content, r"coauthor_cs.npz is no(t a pickle that is read here| npz file of a graph)")
 
 
 def test_nodes_without_a_label_are_in_no_split(tmp_path):

@@ -259,7 +259,7 @@ def test_a_pickle_that_runs_a_command_is_refused_and_nothing_runs(tmp_path, part
     assert trace.exists()  # so the attack was a real one
 
 
-def refused(tmp_path, files, message):
+def check_refused(tmp_path, files, message):
     dataset = small(files)
     write(tmp_path, files)
     with pytest.raises(CorruptedFile, match=message):
@@ -271,7 +271,7 @@ def refused(tmp_path, files, message):
 def test_files_that_are_cut_off_are_refused(tmp_path, part):
     files, name = written(made()), f"ind.cora.{part}"
     for end in (0, 1, 30, len(files[name]) // 2, len(files[name]) - 1):
-        refused(tmp_path / "data", files | {name: files[name][:end]}, f"{name} is not a pickle")
+        check_refused(tmp_path / "data", files | {name: files[name][:end]}, f"{name} is not a pickle")
 
 
 def with_array(matrix, **arrays):
@@ -330,7 +330,7 @@ WRONG = {
 def test_content_that_cannot_be_the_published_one_is_refused(tmp_path, what):
     (changes, message), content = WRONG[what], made()
     changed = content | {part: change(content[part], content) for part, change in changes.items()}
-    refused(tmp_path / "data", written(changed), message)
+    check_refused(tmp_path / "data", written(changed), message)
 
 
 @pytest.mark.parametrize("text", [b"4x\n", b"4.5\n", b"\xff\n", b"9" * 30])
